@@ -1,0 +1,66 @@
+"""Certified classifiers by randomized smoothing for the Adversarial Robustness Toolbox.
+
+Public names are loaded on first use: importing ART costs seconds, and neither ``import art_rs_plugins`` nor
+``art-rs --help`` should pay them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
+    from art_rs_plugins.smoothing.certify import certify, predict
+    from art_rs_plugins.smoothing.modules import Normalize, SmoothedModule
+    from art_rs_plugins.smoothing.noise import Gaussian
+    from art_rs_plugins.smoothing.sampling import count_votes
+    from art_rs_plugins.theory.audit import AttackOutcomes, Audit, audit
+    from art_rs_plugins.theory.certificates import Certificates
+    from art_rs_plugins.theory.metrics import certified_accuracy
+    from art_rs_plugins.theory.rules import OneSided
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AttackOutcomes": "theory.audit",
+    "Audit": "theory.audit",
+    "Certificates": "theory.certificates",
+    "Gaussian": "smoothing.noise",
+    "Normalize": "smoothing.modules",
+    "OneSided": "theory.rules",
+    "PyTorchSmoothedClassifier": "estimators.base",
+    "SmoothedModule": "smoothing.modules",
+    "audit": "theory.audit",
+    "certified_accuracy": "theory.metrics",
+    "certify": "smoothing.certify",
+    "count_votes": "smoothing.sampling",
+    "predict": "smoothing.certify",
+}
+
+__all__ = [
+    "AttackOutcomes",
+    "Audit",
+    "Certificates",
+    "Gaussian",
+    "Normalize",
+    "OneSided",
+    "PyTorchSmoothedClassifier",
+    "SmoothedModule",
+    "__version__",
+    "audit",
+    "certified_accuracy",
+    "certify",
+    "count_votes",
+    "predict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

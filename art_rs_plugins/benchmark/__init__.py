@@ -1,0 +1,1 @@
+"""How it is used at scale: data, weights, attacks, records, runs, reports."""

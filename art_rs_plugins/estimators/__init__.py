@@ -1,0 +1,1 @@
+"""ART's border: NumPy in, NumPy out."""

@@ -1,0 +1,1 @@
+"""How it is estimated: PyTorch, without ART and without files."""

@@ -1,0 +1,173 @@
+"""Certification and prediction of the smoothed classifier: draws, then a rule, then a radius."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from art_rs_plugins.smoothing.noise import Gaussian, Stage, check_seed
+from art_rs_plugins.smoothing.sampling import Classifier, check_count, check_indices, count_votes
+from art_rs_plugins.theory.certificates import Certificates
+from art_rs_plugins.theory.rules import OneSided, Rule, TopTwo
+
+__all__ = ["Predictions", "certify", "predict"]
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """Answers of the smoothed classifier for b inputs.
+
+    Attributes
+    ----------
+    prediction : int64, shape (b,)
+        Class; where ``abstained``, only the leading one.
+    abstained : bool, shape (b,)
+        True where the votes cannot tell the leading class from its rivals.
+    votes : int64, shape (b, k)
+        Valid votes out of `n`.
+    n, alpha, seed : int, float, int
+        Draws, failure probability, and the seed that reproduces them.
+    """
+
+    prediction: NDArray[np.int64]
+    abstained: NDArray[np.bool_]
+    votes: NDArray[np.int64]
+    n: int
+    alpha: float
+    seed: int
+
+
+def certify(
+    f: Classifier,
+    x: Tensor,
+    noise: Gaussian,
+    *,
+    num_classes: int,
+    n: int,
+    n0: int = 100,
+    rule: Rule | None = None,
+    seed: int | None = None,
+    indices: ArrayLike | None = None,
+    block: int | None = None,
+) -> Certificates:
+    """Certify the smoothed classifier at b inputs.
+
+    Parameters
+    ----------
+    f : callable
+        Base classifier in eval mode; (m, ...) to logits (m, k).
+    x : Tensor, shape (b, ...), floating point
+        Inputs, in the space where the radius is to hold.
+    noise : Gaussian
+        One sigma, or one for each input. A sigma that was chosen for the input makes the certificate conditional.
+    num_classes : int
+        Number of classes k.
+    n, n0 : int
+        Estimation draws, and selection draws that name the class; they share none.
+    rule : Rule
+        From votes to a decision; ``OneSided(alpha=0.001)`` by default.
+    seed : int, optional
+        Seed in [0, 2**63); None draws fresh entropy. Recorded either way. Fix it after the inputs, not before.
+    indices : array_like of int, shape (b,), optional
+        Index of each input in its data set; its position by default.
+    block : int, optional
+        Rows of one forward pass; see `count_votes`.
+
+    Returns
+    -------
+    Certificates
+        One for each input.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `count_votes`.
+
+    Notes
+    -----
+    *Guarantee.* For each input, with probability at least 1 - alpha over the draws: either the certificate abstains, or
+    argmax_c P(f(z + eps) = c) is its class for every z closer to x than its radius, in l2.
+
+    *Source.* Cohen et al. (2019), CERTIFY, theorem 1 and proposition 2.
+    """
+    rule = OneSided() if rule is None else rule
+    n, n0, seed = check_count(n, "n"), check_count(n0, "n0"), check_seed(seed)
+    keys = check_indices(indices, len(x))
+    tables = []
+    for stage, draws in ((Stage.SELECTION, n0), (Stage.ESTIMATION, n)):
+        votes = count_votes(
+            f, x, noise, draws, num_classes=num_classes, seed=seed, indices=keys, stage=stage, block=block
+        )
+        tables.append(votes.cpu().numpy())
+    decision = rule.decide(tables[0], tables[1], n)
+    radius = np.where(decision.abstained, 0.0, noise.radius(decision.failure, decision.p_upper))
+    size = len(keys)
+    return Certificates(
+        prediction=decision.prediction,
+        radius=radius,
+        abstained=decision.abstained,
+        p_lower=decision.p_lower,
+        p_upper=decision.p_upper,
+        count=decision.count,
+        runner_up_count=decision.runner_up_count,
+        n=np.full(size, n),
+        n0=np.full(size, n0),
+        sigma=noise.for_inputs(size),
+        alpha=np.full(size, rule.alpha),
+        index=keys,
+        seed=np.full(size, seed),
+        norm=noise.norm,
+    )
+
+
+def predict(
+    f: Classifier,
+    x: Tensor,
+    noise: Gaussian,
+    *,
+    num_classes: int,
+    n: int,
+    alpha: float = 0.001,
+    seed: int | None = None,
+    indices: ArrayLike | None = None,
+    stage: Stage = Stage.PREDICTION,
+    block: int | None = None,
+) -> Predictions:
+    """Answer with the class of the smoothed classifier, or abstain.
+
+    Parameters
+    ----------
+    f, x, noise, num_classes, seed, indices, block
+        As in `certify`.
+    n : int
+        Draws for each input.
+    alpha : float
+        Probability of a wrong answer, at most.
+    stage : Stage
+        What the draws are for.
+
+    Returns
+    -------
+    Predictions
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `count_votes`, and for alpha outside (0, 1).
+
+    Notes
+    -----
+    *Guarantee.* For each input, the probability of an answer other than the most probable outcome of f under noise is
+    at most alpha.
+
+    *Source.* Cohen et al. (2019), PREDICT and proposition 1.
+    """
+    rule, seed = TopTwo(alpha), check_seed(seed)
+    votes = count_votes(
+        f, x, noise, n, num_classes=num_classes, seed=seed, indices=indices, stage=stage, block=block
+    ).cpu().numpy()
+    verdict = rule.decide(votes, n)
+    return Predictions(verdict.prediction, verdict.abstained, votes, n, rule.alpha, seed)

@@ -1,0 +1,163 @@
+"""Noise families: how an input is perturbed, and which radius a probability buys.
+
+Draws are a pure function of a key (seed, index of the input, stage, chunk), so that results do not depend on how work
+is split, ordered or resumed, and a repeated chunk is the same experiment rather than a second try at alpha.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from art_rs_plugins.theory.radii import check_sigma, gaussian_probability, gaussian_radius
+
+__all__ = ["Gaussian", "Key", "Stage", "fresh_seed", "standard_normal"]
+
+MAX_SEED = 2**63 - 1
+
+
+class Stage(IntEnum):
+    """What draws are for; different stages of one input never share any."""
+
+    SELECTION = 0
+    ESTIMATION = 1
+    PREDICTION = 2
+    CONFIRMATION = 3
+    TRAINING = 4
+    BANK = 5
+    ATTACK = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Name of one chunk of draws. Distinct keys of one seed name disjoint parts of one counter-based stream."""
+
+    seed: int
+    index: int
+    stage: Stage
+    chunk: int
+
+
+def check_seed(seed: int | None) -> int:
+    """Return `seed`, or a fresh one where it is None; ``ValueError`` or ``TypeError`` if it is no seed."""
+    if seed is None:
+        return fresh_seed()
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed must be an integer or None (fresh entropy), got {type(seed).__name__}")
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed must lie in [0, 2**63), got {seed}")
+    return int(seed)
+
+
+def fresh_seed() -> int:
+    """Draw a seed in [0, 2**63) from the entropy of the operating system."""
+    return int(np.random.SeedSequence().generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def standard_normal(shape: tuple[int, ...], key: Key, device: torch.device | str = "cpu") -> Tensor:
+    """Draw independent N(0, 1) values, born on the device.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Shape of the result, float32.
+    key : Key
+        Names the draws; the same key, shape and kind of device give the same bits.
+    device : torch.device or str
+        Where the values are born.
+
+    Notes
+    -----
+    On CPUs: Philox 4x64-10 keyed by the seed and counted by (index, stage, chunk), then Box-Muller on 31-bit uniforms,
+    whose tail ends at 6.66. PyTorch's own CPU generator is not used: it keeps 32 bits of a seed, so that chunks would
+    soon share their draws, and its float32 normals end at 5.77. Elsewhere: PyTorch's generator of that device, seeded
+    with a 64-bit hash of the key.
+    """
+    device = torch.device(device)
+    if device.type != "cpu":
+        words = (key.seed, key.index, int(key.stage), key.chunk)
+        state = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+        generator = torch.Generator(device).manual_seed(state)
+        return torch.randn(shape, generator=generator, device=device)
+    size = math.prod(shape)
+    half = (size + 1) // 2
+    counter = [0, key.chunk, key.index, int(key.stage)]   # the first word is Philox's own and would take 2**64 draws
+    philox = np.random.Philox(key=np.array([key.seed, 0], np.uint64), counter=np.array(counter, np.uint64))
+    bits = torch.from_numpy(philox.random_raw(half).view(np.int32)).bitwise_and_(0x7FFFFFFF)
+    uniform = bits.to(torch.float32).add_(0.5).mul_(2.0**-31)   # in (0, 1]
+    radius = uniform[:half].log_().mul_(-2.0).sqrt_()
+    angle = uniform[half:].mul_(2.0 * math.pi)
+    normal = torch.empty(2 * half)
+    torch.mul(radius, angle.cos(), out=normal[:half])
+    torch.mul(radius, angle.sin_(), out=normal[half:])
+    return normal[:size].view(shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gaussian:
+    """Isotropic Gaussian noise, in the units of the raw input.
+
+    Parameters
+    ----------
+    sigma : float or array_like of float, shape (b,)
+        Standard deviation: one for all inputs, or one for each.
+
+    Raises
+    ------
+    ValueError
+        Unless every sigma is finite and positive.
+
+    Examples
+    --------
+    >>> float(Gaussian(0.5).radius(0.1, 0.1).round(6))
+    0.640776
+    """
+
+    sigma: float | NDArray[np.float64]
+
+    norm = 2.0
+
+    def __post_init__(self) -> None:
+        values = check_sigma(self.sigma)
+        if values.ndim > 1:
+            raise ValueError(f"sigma must be a number or have shape (b,), got {values.shape}")
+        object.__setattr__(self, "sigma", values if values.ndim else float(values))
+
+    def for_inputs(self, b: int) -> NDArray[np.float64]:
+        """Sigma of each of b inputs, shape (b,); ``ValueError`` if it was given for another number of them."""
+        values = np.asarray(self.sigma)
+        if values.ndim == 1 and len(values) != b:
+            raise ValueError(f"sigma has length {len(values)}, but there are {b} inputs; give one, or one for each")
+        return np.broadcast_to(values, (b,)).astype(np.float64)
+
+    def perturb(self, x: Tensor, normal: Tensor) -> Tensor:
+        """Add noise to b inputs.
+
+        Parameters
+        ----------
+        x : Tensor, shape (b, ...)
+            Inputs.
+        normal : Tensor, shape (b, ...) or (m, b, ...)
+            Standard normal draws; overwritten.
+
+        Returns
+        -------
+        Tensor
+            ``x + sigma * normal``, of the shape of `normal`.
+        """
+        sigma = torch.as_tensor(self.for_inputs(len(x)), dtype=normal.dtype, device=normal.device)
+        return normal.mul_(sigma.view(-1, *[1] * (x.ndim - 1))).add_(x)
+
+    def radius(self, failure: ArrayLike, p_upper: ArrayLike) -> NDArray[np.float64]:
+        """l2 radius for an upper bound of 1 - p_A and one of p_B; see `theory.radii.gaussian_radius`."""
+        return gaussian_radius(failure, p_upper, self.sigma)
+
+    def probability(self, radius: ArrayLike) -> NDArray[np.float64]:
+        """Probability p_A that a one-sided certificate of this l2 radius needs."""
+        return gaussian_probability(radius, self.sigma)

@@ -1,0 +1,201 @@
+"""The only hot loop of the package: votes of a base classifier under noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from art_rs_plugins.smoothing.noise import Gaussian, Key, Stage, check_seed, standard_normal
+
+__all__ = ["check_count", "check_indices", "check_network", "count_votes", "default_block", "strict_votes"]
+
+Classifier = Callable[[Tensor], Tensor]
+"""Maps noisy inputs (m, ...) to logits (m, k), each row from its own input alone."""
+
+
+def check_count(value: int, name: str, *, least: int = 1) -> int:
+    """Return a positive integer, or raise ``TypeError`` / ``ValueError`` naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def check_indices(indices: ArrayLike | None, b: int) -> NDArray[np.int64]:
+    """Return the index of each input, position by default; distinct, since an index names its noise."""
+    if indices is None:
+        return np.arange(b, dtype=np.int64)
+    values = np.asarray(indices)
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"indices must be integers, got dtype {values.dtype}")
+    if values.shape != (b,) or np.any(values < 0):
+        raise ValueError(f"indices must be >= 0 and of shape ({b},), one for each input, got shape {values.shape}")
+    if len(np.unique(values)) != b:
+        raise ValueError("indices must be distinct: inputs that share an index would share their noise")
+    return values.astype(np.int64)
+
+
+def default_block(shape: Iterable[int]) -> int:
+    """Rows of one forward pass for inputs of this shape: about 300,000 numbers, between 16 and 1,000 rows.
+
+    Large batches leave the cache: on CPUs a batch of 1,000 CIFAR images takes three times longer per image than 100.
+    """
+    return min(1000, max(16, 307_200 // math.prod(shape)))
+
+
+def _modules(f: Classifier) -> Iterable[nn.Module]:
+    return f.modules() if isinstance(f, nn.Module) else ()
+
+
+def check_network(f: Classifier, x: Tensor, num_classes: int) -> None:
+    """Refuse a network whose votes would not mean what a certificate says.
+
+    Parameters
+    ----------
+    f : callable
+        Base classifier.
+    x : Tensor, shape (b, ...)
+        Inputs that are about to be voted on; the first is used as a probe.
+    num_classes : int
+        Expected number of logits.
+
+    Raises
+    ------
+    ValueError
+        If a part of f is in training mode, f lies on another device, has another number of outputs, or lets the rows
+        of a batch influence each other (as batch normalisation without running statistics does).
+    """
+    if any(module.training for module in _modules(f)):
+        raise ValueError("f is in training mode, where rows of a batch influence each other; call f.eval() first")
+    device = next((p.device for module in _modules(f) for p in module.parameters(recurse=False)), x.device)
+    if device != x.device:
+        raise ValueError(f"f is on {device}, but x is on {x.device}; move one of them")
+    with torch.no_grad():
+        spread = standard_normal((4, *x.shape[1:]), Key(0, 0, Stage.BANK, 0), x.device).to(x.dtype)
+        probe = torch.cat([x[:1], x[:1] + spread[1:]])
+        others = torch.cat([x[:1], 3.0 - 2.0 * spread[1:]])
+        first, second = f(probe), f(others)
+        if first.shape != (4, num_classes):
+            raise ValueError(
+                f"f must return logits of shape (m, {num_classes}) for m inputs, got {tuple(first.shape)} for 4 inputs"
+            )
+        scale = first[0].abs().max().clamp(min=1.0)
+        tolerance = 1e-3 if first.dtype in (torch.float32, torch.float64) else 0.1
+        change = (first[0] - second[0]).abs().max() / scale
+        if bool(change > tolerance):   # NaN is no dependence; it will vote for no class
+            raise ValueError(
+                f"the output of f for one input changed by {float(change):.2g} with the other rows of its batch; "
+                "a certificate needs a classifier that sees one input at a time"
+            )
+
+
+def strict_votes(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Class of each row (m,), and whether its vote is valid (m,).
+
+    A vote is valid if all logits are finite and one of them is strictly the largest: NaN, Inf and ties vote for no
+    class. Peers let argmax decide, and certify class 0 at the largest radius on NaN or constant logits.
+    """
+    top, winner = logits.max(dim=1)
+    unique = (logits == top[:, None]).sum(dim=1) == 1
+    return winner, unique & torch.isfinite(logits).all(dim=1)
+
+
+def _draw(x: Tensor, rows: int, key: Key) -> Tensor:
+    """Standard normal draws of shape (rows, ...) for one input, laid out in memory as `x` is."""
+    shape = x.shape[1:]
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        c, h, w = shape
+        return standard_normal((rows, h, w, c), key, x.device).permute(0, 3, 1, 2)
+    return standard_normal((rows, *shape), key, x.device)
+
+
+def count_votes(
+    f: Classifier,
+    x: Tensor,
+    noise: Gaussian,
+    n: int,
+    *,
+    num_classes: int,
+    seed: int | None = None,
+    indices: ArrayLike | None = None,
+    stage: Stage = Stage.ESTIMATION,
+    block: int | None = None,
+) -> Tensor:
+    """Count the votes of f at n noisy copies of each input.
+
+    Parameters
+    ----------
+    f : callable
+        Base classifier in eval mode; (m, ...) to logits (m, k).
+    x : Tensor, shape (b, ...), floating point
+        Inputs, on the device of f. A channels_last tensor is fed in that layout.
+    noise : Gaussian
+        One sigma, or one for each input.
+    n : int
+        Draws for each input.
+    num_classes : int
+        Number of classes k.
+    seed : int, optional
+        Seed in [0, 2**63); None draws fresh entropy.
+    indices : array_like of int, shape (b,), optional
+        Index of each input in its data set, which names its noise; its position by default.
+    stage : Stage
+        What the draws are for.
+    block : int, optional
+        Rows of one forward pass; `default_block` otherwise. Every pass has exactly min(block, n) rows, all of one
+        input, the surplus of the last one being dropped. So an input's votes do not depend on its neighbours.
+
+    Returns
+    -------
+    Tensor of int64, shape (b, k)
+        Valid votes, on the device of x. ``n - votes.sum(1)`` votes were invalid.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `check_network`, and for n, block, indices, seed or sigma that do not fit.
+
+    Notes
+    -----
+    *Guarantee.* Each row is a multinomial sample of n independent draws, for ideal Gaussian noise and real arithmetic.
+    """
+    n = check_count(n, "n")
+    rows = min(check_count(block, "block") if block is not None else default_block(x.shape[1:]), n)
+    keys, seed = check_indices(indices, len(x)), check_seed(seed)
+    sigma = noise.for_inputs(len(x))
+    check_network(f, x, num_classes)
+    votes = torch.zeros((len(x), num_classes), dtype=torch.int64, device=x.device)
+    with torch.no_grad():
+        for row, (index, scale) in enumerate(zip(keys.tolist(), sigma.tolist(), strict=True)):
+            for chunk in range(-(-n // rows)):
+                noisy = _draw(x, rows, Key(seed, index, stage, chunk)).mul_(scale).add_(x[row])
+                winner, valid = strict_votes(f(noisy))
+                kept = min(rows, n - chunk * rows)
+                votes[row].scatter_add_(0, winner[:kept], valid[:kept].to(torch.int64))
+    return votes
+
+
+def evaluating(module: nn.Module) -> Any:
+    """Context in which every part of `module` is in eval mode; each part's own mode returns afterwards."""
+    return _Evaluating(module)
+
+
+class _Evaluating:
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.modes: dict[nn.Module, bool] = {}
+
+    def __enter__(self) -> nn.Module:
+        self.modes = {part: part.training for part in self.module.modules()}
+        return self.module.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for part, mode in self.modes.items():
+            part.training = mode
