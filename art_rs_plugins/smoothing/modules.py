@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from art_rs_plugins.smoothing.noise import Gaussian, Key, Stage, check_seed, standard_normal
 from art_rs_plugins.smoothing.sampling import check_count, default_block
 
-__all__ = ["BaseClassifier", "Normalize", "SmoothedModule"]
+__all__ = ["BaseClassifier", "Normalize", "SmoothedModule", "looks_like_probabilities"]
 
 
 class Normalize(nn.Module):
@@ -21,30 +21,33 @@ class Normalize(nn.Module):
 
     Parameters
     ----------
-    mean, std : float or sequence of float
-        For the whole input, or one for each entry of dimension 1 (channels, or features of a table).
+    mean, std : float or array_like of float
+        For the whole input, or one for each entry of dimension 1 (channels, or features of a table), or an array that
+        broadcasts against one input.
 
     Raises
     ------
     ValueError
-        If lengths differ or a std is not finite and positive.
+        If shapes differ or a std is not finite and positive.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
+    def __init__(self, mean: ArrayLike, std: ArrayLike) -> None:
         super().__init__()
         for name, value in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32).flatten(), persistent=False)
+            self.register_buffer(name, torch.as_tensor(np.asarray(value, dtype=np.float32)), persistent=False)
         if self.mean.shape != self.std.shape:
-            raise ValueError(f"mean and std must have the same length, got {len(self.mean)} and {len(self.std)}")
+            raise ValueError(
+                f"mean and std must have the same shape, got {tuple(self.mean.shape)} and {tuple(self.std.shape)}"
+            )
         if not bool((torch.isfinite(self.std) & (self.std > 0)).all()):
-            raise ValueError(f"std must be finite and > 0, got {std}")
+            raise ValueError(f"std must be finite and > 0, got {std!r}")
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise inputs of shape (m, c, ...)."""
-        shape = (1, -1, *[1] * (x.ndim - 2))
+        shape = (1, -1, *[1] * (x.ndim - 2)) if self.mean.ndim < 2 else self.mean.shape
         return (x - self.mean.view(shape)) / self.std.view(shape)
 
 
@@ -117,7 +120,7 @@ class SmoothedModule(nn.Module):
     ) -> None:
         super().__init__()
         self.f = BaseClassifier(base, transform)
-        self.sigma = Gaussian(sigma).sigma
+        self.sigma = float(Gaussian(sigma).sigma)
         self.samples = check_count(samples, "samples")
         self.seed = check_seed(seed)
         self.probabilities = probabilities
@@ -143,24 +146,24 @@ class SmoothedModule(nn.Module):
             return noisy
         limit = self.block or default_block(x.shape[1:])
         draws = max(1, min(self.samples, limit // max(1, len(x))))
-        total: Tensor | None = None
+        total = torch.zeros((), device=x.device)
         # A graph of all draws at once would not fit in memory; each part is computed again in the backward pass.
         again = torch.is_grad_enabled() and draws < self.samples
-        for chunk, bank in enumerate(self._bank(x).split(draws)):
-            part = checkpoint(self._mean_part, x, bank, use_reentrant=False) if again else self._mean_part(x, bank)
-            total = part if chunk == 0 else total + part
-        assert total is not None
+        for bank in self._bank(x).split(draws):
+            part = checkpoint(self._sum_part, x, bank, use_reentrant=False) if again else self._sum_part(x, bank)
+            total = total + part
         return (total / self.samples).clamp_min(torch.finfo(total.dtype).tiny).log()
 
     def _bank(self, x: Tensor) -> Tensor:
         normal = standard_normal((self.samples, *x.shape[1:]), Key(self.seed, 0, Stage.BANK, 1), x.device)
         return normal.mul_(self.sigma)
 
-    def _mean_part(self, x: Tensor, bank: Tensor) -> Tensor:
+    def _sum_part(self, x: Tensor, bank: Tensor) -> Tensor:
         """Sum over some draws (m, ...) of the class probabilities of b inputs. Shape (b, k)."""
         outputs: Tensor = self.f((x[None] + bank[:, None]).flatten(0, 1))
         scores = outputs if self.probabilities else outputs.softmax(dim=1)
-        return scores.unflatten(0, (len(bank), len(x))).sum(dim=0)
+        part: Tensor = scores.unflatten(0, (len(bank), len(x))).sum(dim=0)
+        return part
 
     def extra_repr(self) -> str:
         """Show the noise beside the network."""

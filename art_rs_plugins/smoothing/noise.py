@@ -17,7 +17,7 @@ from torch import Tensor
 
 from art_rs_plugins.theory.radii import check_sigma, gaussian_probability, gaussian_radius
 
-__all__ = ["Gaussian", "Key", "Stage", "fresh_seed", "standard_normal"]
+__all__ = ["Gaussian", "Key", "Stage", "check_seed", "derive_seed", "fresh_seed", "standard_normal"]
 
 MAX_SEED = 2**63 - 1
 
@@ -60,6 +60,17 @@ def fresh_seed() -> int:
     return int(np.random.SeedSequence().generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def derive_seed(seed: int, *words: int) -> int:
+    """Hash a seed and further numbers into another seed, so that repeated calls do not repeat their draws."""
+    return _hash(seed, *words) >> 1
+
+
+def _hash(*words: int) -> int:
+    """Hash numbers in [0, 2**64) to 64 bits; their count and width are fixed, so that no two lists agree."""
+    entropy = np.array([len(words), *words], np.uint64).view(np.uint32)
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+
 def standard_normal(shape: tuple[int, ...], key: Key, device: torch.device | str = "cpu") -> Tensor:
     """Draw independent N(0, 1) values, born on the device.
 
@@ -81,9 +92,7 @@ def standard_normal(shape: tuple[int, ...], key: Key, device: torch.device | str
     """
     device = torch.device(device)
     if device.type != "cpu":
-        words = (key.seed, key.index, int(key.stage), key.chunk)
-        state = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
-        generator = torch.Generator(device).manual_seed(state)
+        generator = torch.Generator(device).manual_seed(_hash(key.seed, key.index, int(key.stage), key.chunk))
         return torch.randn(shape, generator=generator, device=device)
     size = math.prod(shape)
     half = (size + 1) // 2

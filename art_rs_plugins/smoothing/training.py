@@ -135,7 +135,7 @@ def fit(
     seed = check_seed(seed)
     device = next((p.device for p in f.parameters()), torch.device("cpu"))
     history: list[Epoch] = []
-    was_training = f.training
+    modes = {part: part.training for part in f.modules()}
     f.train(train_mode)
     step = 0
     try:
@@ -149,7 +149,7 @@ def fit(
                 value = loss(logits, labels)
                 if not torch.isfinite(value):
                     raise ValueError(
-                        f"loss became {float(value)} in epoch {epoch}; lower the learning rate, or check the inputs"
+                        f"loss became {value.item()} in epoch {epoch}; lower the learning rate, or check the inputs"
                     )
                 optimizer.zero_grad()
                 value.backward()
@@ -167,7 +167,8 @@ def fit(
             if callback is not None:
                 callback(history[-1])
     finally:
-        f.train(was_training)
+        for part, mode in modes.items():
+            part.training = mode
     return history
 
 

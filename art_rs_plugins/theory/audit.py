@@ -154,8 +154,8 @@ def audit(
     certificates : Certificates
         Of b inputs, not ``conditional``.
     outcomes : AttackOutcomes or list of them
-        Attacks on the same inputs in the same order, at the same budgets. An example found by one attack within a
-        smaller budget counts at the larger ones as well.
+        Attacks on the same inputs in the same order, at the same budgets. An example counts at every budget that
+        its distance keeps, whichever budget the attack was given.
     labels : array_like of int, shape (b,)
         True classes.
 
@@ -184,9 +184,11 @@ def audit(
     for run in runs:
         if not np.array_equal(run.budgets, budgets):
             raise ValueError(f"all attacks need the same budgets, got {run.budgets} and {budgets}")
-        spent = run.distance <= budgets[:, None] * (1.0 + 1e-6) + 1e-9   # float32 attacks overshoot their own budget
-        wrong |= spent & ~run.abstained & (run.prediction != known[None, :])
-        silent |= spent & run.abstained
+        # An example counts at every budget that it keeps; float32 attacks overshoot their own by a rounding error.
+        limits = budgets * (1.0 + 1e-6) + 1e-9
+        spent = run.distance[None, :, :] <= limits[:, None, None]
+        wrong |= (spent & ~run.abstained & (run.prediction != known)).any(axis=1)
+        silent |= (spent & run.abstained).any(axis=1)
         for level, row in np.argwhere(suspects(certificates, run)):
             suspected.append(
                 Contradiction(
@@ -200,8 +202,7 @@ def audit(
                     confirmed=bool(run.confirmed[level, row]),
                 )
             )
-    wrong = np.logical_or.accumulate(wrong, axis=0)
-    silent = np.logical_or.accumulate(silent, axis=0) & ~wrong
+    silent &= ~wrong
     return Audit(
         budgets=budgets,
         certified=accuracy_curve(certified_correct(certificates, known), certificates.radius, budgets),

@@ -54,8 +54,9 @@ class Certificates:
 
     Raises
     ------
-    ValueError
-        If lengths differ, a number is not finite, a count exceeds its draws or a radius stands beside an abstention.
+    ValueError, TypeError
+        If lengths differ, a number is not finite, a count exceeds its draws, a radius stands beside an abstention, or
+        a class or count is not an integer.
 
     Notes
     -----
@@ -87,8 +88,10 @@ class Certificates:
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind must be one of {get_args(Kind)}, got {self.kind!r}")
         for name in (*_INTEGERS, *_REALS, "abstained"):
+            if name in _INTEGERS and np.asarray(getattr(self, name)).dtype.kind not in "iu":
+                raise TypeError(f"{name} must be integers, got dtype {np.asarray(getattr(self, name)).dtype}")
             dtype = np.int64 if name in _INTEGERS else np.float64 if name in _REALS else np.bool_
-            array = np.array(np.broadcast_to(getattr(self, name), prediction.shape), dtype=dtype)
+            array: NDArray[Any] = np.array(np.broadcast_to(getattr(self, name), prediction.shape), dtype=dtype)
             if name in _REALS and not np.all(np.isfinite(array)):
                 raise ValueError(f"{name} must be finite; a bound that is not finite has to become an abstention")
             array.flags.writeable = False
@@ -98,13 +101,18 @@ class Certificates:
         if np.any(self.count > self.n) or np.any(self.count < 0):
             raise ValueError("count must lie between 0 and n")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the constructor, so that a copy is checked and frozen like its original."""
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
+
     def __len__(self) -> int:
         return len(self.prediction)
 
     def __getitem__(self, rows: int | slice | NDArray[Any] | Sequence[int]) -> Certificates:
         """Certificates of some rows; an integer gives one row."""
         picked = [rows] if isinstance(rows, int | np.integer) else rows
-        return replace(self, **{name: array[picked] for name, array in self._arrays().items()})
+        changes: dict[str, Any] = {name: array[picked] for name, array in self._arrays().items()}
+        return replace(self, **changes)
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -125,5 +133,6 @@ class Certificates:
             values = {getattr(part, name) for part in parts}
             if len(values) > 1:
                 raise ValueError(f"certificates of different {name} cannot be joined: {sorted(map(str, values))}")
-        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in parts[0]._arrays()}
+        names = parts[0]._arrays()
+        joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
         return replace(parts[0], **joined)

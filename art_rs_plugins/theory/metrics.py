@@ -1,4 +1,4 @@
-"""What a set of certificates amounts to: curves with their bands, averages with their budgets, statements on the set."""
+"""What a set of certificates amounts to: curves with bands, averages with budgets, statements on the set."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def accuracy_curve(
     """
     grid = np.atleast_1d(np.asarray(radii, dtype=np.float64))
     if np.any(~np.isfinite(grid) | (grid < 0)):
-        raise ValueError(f"radii must be finite and >= 0, got {radii}")
+        raise ValueError(f"radii must be finite and >= 0, got {radii!r}")
     if len(correct) == 0:
         raise ValueError("correct must hold at least one input")
     tail = (1.0 - check_alpha(confidence, "confidence")) / 2.0

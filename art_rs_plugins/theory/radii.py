@@ -9,14 +9,14 @@ from scipy.special import ndtr, ndtri
 __all__ = ["check_sigma", "gaussian_probability", "gaussian_radius"]
 
 _INWARD = 1e-12
-"""Relative shrinkage of a radius; the inverse normal distribution function is accurate to about 1e-15."""
+"""Relative shrinkage of both quantiles; the inverse normal distribution function is accurate to about 1e-15."""
 
 
 def check_sigma(sigma: ArrayLike, name: str = "sigma") -> NDArray[np.float64]:
     """Return `sigma` in float64, or raise ``ValueError`` unless every entry is finite and positive."""
     values = np.asarray(sigma, dtype=np.float64)
     if values.size == 0 or not np.all(np.isfinite(values) & (values > 0)):
-        raise ValueError(f"{name} must be finite and > 0, in the units of the input (such as 0.25), got {sigma}")
+        raise ValueError(f"{name} must be finite and > 0, in the units of the input (such as 0.25), got {sigma!r}")
     return values
 
 
@@ -56,8 +56,10 @@ def gaussian_radius(failure: ArrayLike, p_upper: ArrayLike, sigma: ArrayLike) ->
     """
     scale = check_sigma(sigma)
     with np.errstate(invalid="ignore"):
-        margin = -(ndtri(np.asarray(failure, dtype=np.float64)) + ndtri(np.asarray(p_upper, dtype=np.float64)))
-        radius = 0.5 * scale * margin * (1.0 - _INWARD)
+        quantiles = ndtri(np.asarray(failure, dtype=np.float64)), ndtri(np.asarray(p_upper, dtype=np.float64))
+        # the two may cancel, so the slack is in proportion to them and not to their sum
+        slack = _INWARD * (np.abs(quantiles[0]) + np.abs(quantiles[1]))
+        radius = 0.5 * scale * (-(quantiles[0] + quantiles[1]) - slack)
     return np.where(np.isfinite(radius) & (radius > 0.0), radius, 0.0)
 
 
@@ -78,5 +80,5 @@ def gaussian_probability(radius: ArrayLike, sigma: ArrayLike) -> NDArray[np.floa
     """
     values = np.asarray(radius, dtype=np.float64)
     if np.any(~np.isfinite(values) | (values < 0)):
-        raise ValueError(f"radius must be finite and >= 0, got {radius}")
+        raise ValueError(f"radius must be finite and >= 0, got {radius!r}")
     return np.asarray(ndtr(values / check_sigma(sigma)), dtype=np.float64)

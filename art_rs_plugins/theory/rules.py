@@ -100,7 +100,7 @@ class OneSided:
     >>> votes = np.array([[990, 10]])
     >>> decision = OneSided(alpha=0.001).decide(votes, votes, 1000)
     >>> int(decision.prediction[0]), float(decision.p_lower[0].round(4))
-    (0, 0.9768)
+    (0, 0.976)
     """
 
     alpha: float = 0.001

@@ -1,0 +1,150 @@
+"""``art-rs``: flags are parsed here, and everything else happens in ``benchmark``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Certified classifiers by randomized smoothing: train, certify, attack, compare, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Sigma = Annotated[float, typer.Option(help="Noise level, in the units of the raw input.")]
+Data = Annotated[str, typer.Option(help="digits, mnist, cifar10, or a .npz file.")]
+Model = Annotated[str, typer.Option(help="cnn, mlp, resnet20, resnet56, resnet110, or package.module:factory.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(help="gpu (falls back to the CPU without CUDA) or cpu.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of weights, records, manifests and the report.")] = Path(
+        "runs/demo"
+    ),
+    quiet: Quiet = False,
+) -> None:
+    """Train on digits, certify at sigma .25 and .5, attack the certificates, and write a report."""
+    from art_rs_plugins.benchmark import runs
+    from art_rs_plugins.benchmark.report import demo_table, write_report
+
+    results = runs.demo(output, verbose=not quiet)
+    records = [result.record for result in results]
+    joint = [result.audits["all"] for result in results]
+    write_report(records, "html", output / "report.html", audits=joint)
+    typer.echo(demo_table([(result.sigma, result.record, result.audits) for result in results]))
+    typer.echo(f"\nRecords, manifests and report.html are in {output}")
+    _finish(joint)
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Option(help="Weights file, safetensors.")],
+    data: Data = "digits",
+    model: Model = "cnn",
+    sigma: Sigma = 0.25,
+    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 40,
+    batch_size: Annotated[int, typer.Option(help="Inputs of a batch.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Peak of AdamW's cosine schedule.")] = 2e-3,
+    seed: Seed = 0,
+    device: Device = "gpu",
+    quiet: Quiet = False,
+) -> None:
+    """Train a network under Gaussian noise."""
+    from art_rs_plugins.benchmark import runs
+
+    config = runs.TrainConfig(data, model, sigma, epochs, batch_size, learning_rate, seed, device)
+    last = runs.train(config, output, verbose=not quiet)[-1]
+    typer.echo(f"{output}: loss {last.loss:.4f}, training accuracy under noise {last.noisy_accuracy:.4f}")
+
+
+@app.command()
+def certify(
+    output: Annotated[Path, typer.Option(help="Record, TSV; an unfinished one with the same settings is resumed.")],
+    data: Data = "digits",
+    model: Model = "cnn",
+    weights: Annotated[str | None, typer.Option(help="safetensors, or a PyTorch state dict.")] = None,
+    sigma: Sigma = 0.25,
+    n: Annotated[int, typer.Option(help="Estimation draws for each input.")] = 10_000,
+    n0: Annotated[int, typer.Option(help="Selection draws for each input.")] = 100,
+    alpha: Annotated[float, typer.Option(help="Failure probability of one certificate.")] = 0.001,
+    examples: Annotated[str, typer.Option(help="start:stop:step of the test split.")] = "::1",
+    seed: Seed = 0,
+    device: Device = "gpu",
+    block: Annotated[int | None, typer.Option(help="Rows of one forward pass.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Certify test examples of a data set, and record them."""
+    from art_rs_plugins.benchmark import runs
+    from art_rs_plugins.benchmark.report import render
+
+    config = runs.RunConfig(data, model, weights, sigma, n, n0, alpha, examples, seed, device, block)
+    typer.echo(render([runs.certify(config, output, verbose=not quiet)], "md"))
+
+
+@app.command()
+def attack(
+    record: Annotated[Path, typer.Argument(help="Record of art-rs certify.")],
+    name: Annotated[list[str] | None, typer.Option("--attack", help="Attack; repeat for several.")] = None,
+    budget: Annotated[list[float] | None, typer.Option(help="l2 budget; repeat for several.")] = None,
+    steps: Annotated[int, typer.Option(help="Gradient steps.")] = 20,
+    n: Annotated[int, typer.Option(help="Votes for each adversarial input.")] = 200,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Attack the classifier behind a record; exits with 1 if a certificate is contradicted."""
+    from art_rs_plugins.benchmark import runs
+    from art_rs_plugins.benchmark.report import audit_text
+
+    names, budgets = name or ["pgd", "smoothed-pgd"], sorted(budget or [0.25, 0.5, 0.75, 1.0])
+    audits = runs.attack(record, names, budgets, steps=steps, n=n, seed=seed, verbose=not quiet)
+    for title, found in audits.items():
+        typer.echo(f"\n{title}\n{audit_text(found)}")
+    _finish([audits["all"]])
+
+
+@app.command()
+def report(
+    records: Annotated[list[Path], typer.Argument(help="Records, ours or in the format of Cohen et al.")],
+    output: Annotated[Path | None, typer.Option(help="File to write; the terminal by default.")] = None,
+    format: Annotated[str, typer.Option(help="html, md, csv, latex, json or parquet.")] = "html",
+) -> None:
+    """Redraw records, and the attacks on them, without a model."""
+    from art_rs_plugins.benchmark.records import read_record
+    from art_rs_plugins.benchmark.report import load_audit, render, write_report
+
+    found = [read_record(path) for path in records]
+    audits = [load_audit(path) for path in records]
+    if output is None:
+        typer.echo(render(found, format, audits=audits))
+    else:
+        write_report(found, format, output, audits=audits)
+    _finish([known for known in audits if known is not None])
+
+
+def _finish(audits: list[Any]) -> None:
+    """Say how many certificates were contradicted, and fail if any was."""
+    cases = [case for found in audits for case in found.contradictions]
+    if cases:
+        for case in cases:
+            typer.secho(
+                f"CONTRADICTION at input {case.index}: certified class {case.certified} within {case.radius:.4f}, but "
+                f"{case.attack} reaches class {case.adversarial} at distance {case.distance:.4f}",
+                fg="red",
+                err=True,
+            )
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line; user errors become one line and exit code 2."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise SystemExit(2) from error

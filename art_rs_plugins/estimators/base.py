@@ -1,0 +1,869 @@
+"""Plain randomized smoothing as an ART estimator; the methods derive from it, one level below."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from art import config
+from art.data_generators import PyTorchDataGenerator
+from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
+from art.estimators.classification import PyTorchClassifier
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from art_rs_plugins.estimators.inputs import as_inputs, as_one_hot, as_sigma, check_finite, check_range
+from art_rs_plugins.estimators.preprocessing import is_augmentation, make_transform
+from art_rs_plugins.smoothing.certify import Predictions, certify, predict
+from art_rs_plugins.smoothing.modules import SmoothedModule, looks_like_probabilities
+from art_rs_plugins.smoothing.noise import Gaussian, check_seed, derive_seed
+from art_rs_plugins.smoothing.sampling import check_count, check_indices, evaluating
+from art_rs_plugins.smoothing.training import Epoch, Scheduler, fit, shuffled
+from art_rs_plugins.theory.bounds import check_alpha
+from art_rs_plugins.theory.certificates import Certificates
+from art_rs_plugins.theory.rules import OneSided, Rule
+
+__all__ = ["PyTorchSmoothedClassifier"]
+
+Array = NDArray[Any]
+
+
+class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
+    r"""A PyTorch classifier smoothed by Gaussian noise, certified in l2, attackable and trainable by ART.
+
+    ``model`` is a `SmoothedModule` whose ``base`` is the network: attacks and trainers of ART that reach for the model
+    meet the smoothed classifier and the right noise. Noise is added to the raw input, once, in training and in
+    certification alike; preprocessing comes after it and is a part of the base classifier.
+
+    Parameters
+    ----------
+    model : Module
+        Network, (m, *input_shape) to logits (m, nb_classes), or probabilities.
+    loss : Module
+        Training loss of (outputs, labels), such as ``torch.nn.CrossEntropyLoss()``.
+    input_shape : tuple of int
+        Shape of one input: (features,), (c, h, w) or (c, t, h, w).
+    nb_classes : int
+        Number of classes.
+    optimizer : torch.optim.Optimizer, optional
+        Needed by `fit`.
+    channels_first : bool
+        As in ART.
+    clip_values : tuple, optional
+        Range of the raw input, such as (0, 1). Inputs to certify or train on are held to it; noisy ones are not.
+    preprocessing_defences, preprocessing
+        As in ART, applied after the noise. Defences without a PyTorch form run on the host, which is slow.
+    postprocessing_defences
+        Refused: votes are counted before them, so that they would only dress the answer.
+    device_type : str
+        ``"gpu"`` or ``"cpu"``; falls back to the CPU where CUDA is missing, as in ART.
+    sample_size : int
+        Votes of one `predict`, and selection draws n0 of one certificate, as in ART.
+    scale : float
+        Noise level sigma, in the units of the raw input.
+    alpha : float
+        Failure probability of one prediction or certificate.
+    bank_samples : int
+        Draws in the fixed bank behind ``model.eval()``, gradients and `attack_view`.
+    seed : int
+        Seed of the bank and of training. Certificates and predictions take one for each call.
+    block : int, optional
+        Rows of one forward pass; a suitable number for the input shape by default.
+
+    Raises
+    ------
+    ValueError
+        For sigma, alpha or counts out of range, a network that does not fit input_shape and nb_classes, or
+        postprocessing defences.
+
+    Notes
+    -----
+    *Guarantee.* See `certificates`. It is about argmax_c P(f(x + eps) = c), eps ~ N(0, scale^2 I), where f is the
+    preprocessing and the network in eval mode, at its dtype, on its device.
+
+    *Source.* Cohen, Rosenfeld and Kolter (2019), "Certified Adversarial Robustness via Randomized Smoothing".
+
+    Examples
+    --------
+    >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> classifier = PyTorchSmoothedClassifier(
+    ...     network, nn.CrossEntropyLoss(), input_shape=(1, 2, 2), nb_classes=2, scale=0.5
+    ... )
+    >>> classifier.certificates(np.full((1, 1, 2, 2), 0.5), n=1000, seed=0).n
+    array([1000])
+    """
+
+    estimator_params = [   # noqa: RUF012 - ART's own convention
+        *(
+            name
+            for name in PyTorchRandomizedSmoothing.estimator_params
+            if name not in ("use_amp", "opt_level", "loss_scale")   # not in the constructor of ART's class either
+        ),
+        "bank_samples",
+        "seed",
+        "block",
+    ]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        input_shape: tuple[int, ...],
+        nb_classes: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        channels_first: bool = True,
+        clip_values: Any = None,
+        preprocessing_defences: Any = None,
+        postprocessing_defences: Any = None,
+        preprocessing: Any = (0.0, 1.0),
+        device_type: str = "gpu",
+        sample_size: int = 32,
+        scale: float = 0.1,
+        alpha: float = 0.001,
+        *,
+        bank_samples: int = 32,
+        seed: int = 0,
+        block: int | None = None,
+    ) -> None:
+        base = model.base if isinstance(model, SmoothedModule) else model
+        if not isinstance(base, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        sigma = as_sigma(scale)
+        super().__init__(
+            model=SmoothedModule(base, sigma, samples=bank_samples, seed=seed, block=block),
+            loss=loss,
+            input_shape=tuple(input_shape),
+            nb_classes=nb_classes,
+            optimizer=optimizer,
+            channels_first=channels_first,
+            clip_values=clip_values,
+            preprocessing=None,
+            device_type=device_type,
+            sample_size=sample_size,
+            scale=sigma,
+            alpha=alpha,
+        )
+        self._layer_names = [name for name, _ in base.named_children()]
+        self.preprocessing = self._set_preprocessing(preprocessing)
+        self.preprocessing_defences = self._set_preprocessing_defences(preprocessing_defences)
+        self.postprocessing_defences = self._set_postprocessing_defences(postprocessing_defences)
+        self.history_: list[Epoch] = []
+        self._update_preprocessing_operations()
+        self._check_params()
+
+    @classmethod
+    def from_classifier(cls, classifier: PyTorchClassifier, **settings: Any) -> Self:
+        """Smooth a classifier that exists already, with its network, loss, optimiser, preprocessing and device.
+
+        Parameters
+        ----------
+        classifier : PyTorchClassifier
+            Of ART, or an estimator of this package. Its network is shared, not copied.
+        **settings
+            Further arguments of the constructor, such as ``scale=0.25``; they win over the classifier's own.
+
+        Raises
+        ------
+        TypeError
+            If it is no PyTorchClassifier.
+        """
+        if not isinstance(classifier, PyTorchClassifier):
+            raise TypeError(
+                f"classifier must be an ART PyTorchClassifier, got {type(classifier).__name__}; "
+                "pass a torch.nn.Module to the constructor instead"
+            )
+        own = {name: getattr(classifier, name) for name in cls.estimator_params if hasattr(classifier, name)}
+        return cls(**{**own, **settings})
+
+    # ------------------------------------------------------------------ settings
+
+    @property
+    def scale(self) -> float:
+        """Noise level sigma, in the units of the raw input; held by ``model``."""
+        return float(self.model.sigma)
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self.model.sigma = as_sigma(value)
+
+    @property
+    def alpha(self) -> float:
+        """Failure probability of one prediction or certificate."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._alpha = check_alpha(value)
+
+    @property
+    def sample_size(self) -> int:
+        """Votes of one prediction, and selection draws of one certificate."""
+        return self._sample_size
+
+    @sample_size.setter
+    def sample_size(self, value: int) -> None:
+        self._sample_size = check_count(value, "sample_size")
+
+    @property
+    def bank_samples(self) -> int:
+        """Draws in the fixed bank of ``model``."""
+        return int(self.model.samples)
+
+    @bank_samples.setter
+    def bank_samples(self, value: int) -> None:
+        self.model.samples = check_count(value, "bank_samples")
+
+    @property
+    def seed(self) -> int:
+        """Seed of the bank and of training."""
+        return int(self.model.seed)
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self.model.seed = check_seed(value)
+
+    @property
+    def block(self) -> int | None:
+        """Rows of one forward pass, or None for a number that suits the input shape."""
+        return None if self.model.block is None else int(self.model.block)
+
+    @block.setter
+    def block(self, value: int | None) -> None:
+        self.model.block = None if value is None else check_count(value, "block")
+
+    def _update_preprocessing_operations(self) -> None:
+        """Move ART's preprocessing into the base classifier; none is left for ART to apply before the noise."""
+        super()._update_preprocessing_operations()
+        operations = list(self.preprocessing_operations)
+        self.preprocessing_operations.clear()
+        self._augmentations = [operation for operation in operations if is_augmentation(operation)]
+        transform = make_transform(operations, channels_first=self.channels_first, clip_values=self.clip_values)
+        self.model.f.transform = None if transform is None else transform.to(self.device)
+
+    def _check_params(self) -> None:
+        super()._check_params()
+        if self.postprocessing_defences:
+            raise ValueError(
+                "postprocessing_defences are not supported: votes are counted before them; "
+                "put what should take part in the vote into the network"
+            )
+        if 2.0 * 0.5**self.sample_size > self.alpha:
+            warnings.warn(
+                f"sample_size={self.sample_size} votes can never reach alpha={self.alpha}: every prediction will "
+                "abstain; use a larger sample_size",
+                stacklevel=3,
+            )
+        cuda = self.device_type != "cpu" and torch.cuda.is_available()
+        self._device = torch.device(f"cuda:{torch.cuda.current_device()}" if cuda else "cpu")
+        self._model.to(self._device)
+        self._check_outputs()
+
+    def _check_outputs(self) -> None:
+        """Run the network once: a wrong shape should be met here, not in the middle of a certificate."""
+        probe = torch.zeros((2, *self.input_shape), device=self.device)
+        try:
+            with torch.no_grad(), evaluating(self.model):
+                outputs = self.model.f(probe)
+        except RuntimeError as error:
+            raise ValueError(f"model cannot take inputs of input_shape {self.input_shape}: {error}") from error
+        if outputs.shape != (2, self.nb_classes):
+            raise ValueError(
+                f"model must return shape (m, nb_classes) = (m, {self.nb_classes}), got {tuple(outputs.shape)} at m = 2"
+            )
+        self.model.probabilities = looks_like_probabilities(outputs)
+
+    # ------------------------------------------------------------------ certificates and predictions
+
+    def certificates(
+        self,
+        x: ArrayLike | Tensor,
+        *,
+        n: int = 10_000,
+        n0: int | None = None,
+        rule: Rule | None = None,
+        indices: ArrayLike | None = None,
+        seed: int | None = None,
+        batch_size: int = 128,
+    ) -> Certificates:
+        """Certify b inputs, with all that is needed to judge each certificate.
+
+        Parameters
+        ----------
+        x : array_like or Tensor, shape (b, *input_shape)
+            Raw inputs, within clip_values; cast to float32.
+        n : int
+            Estimation draws for each input.
+        n0 : int, optional
+            Selection draws; `sample_size` by default.
+        rule : Rule, optional
+            From votes to a decision; ``OneSided(alpha)`` by default.
+        indices : array_like of int, shape (b,), optional
+            Index of each input in its data set, which names its noise; its position in x by default.
+        seed : int, optional
+            In [0, 2**63); None draws entropy from the system. Recorded either way. A seed known to whoever chooses the
+            inputs voids alpha: fix it after the inputs.
+        batch_size : int
+            Inputs on the device at a time. It bounds memory and changes no bit of the result.
+
+        Returns
+        -------
+        Certificates
+            One row for each input; radii in l2, in the units of the raw input.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For inputs of the wrong shape or type, NaN or Inf, outside clip_values by more than 1e-6; for n, n0, seed or
+            indices out of range; for a network whose output depends on its batch.
+
+        Notes
+        -----
+        *Guarantee.* For each input, with probability at least 1 - alpha over the draws: either the certificate
+        abstains, or argmax_c P(f(z + eps) = c) is its class for every z closer to x than its radius.
+
+        *Source.* Cohen et al. (2019), CERTIFY, theorem 1 and proposition 2.
+        """
+        inputs = self._inputs(x, strict=True)
+        keys, size, seed = check_indices(indices, len(inputs)), check_count(batch_size, "batch_size"), check_seed(seed)
+        if rule is None and 0.5 ** check_count(n, "n") > self.alpha:
+            warnings.warn(
+                f"n={n} draws can never certify at alpha={self.alpha}: every input will abstain; use a larger n",
+                stacklevel=2,
+            )
+        parts = []
+        with evaluating(self.model):
+            for start in range(0, len(inputs), size):
+                rows = slice(start, start + size)
+                parts.append(
+                    certify(
+                        self.model.f,
+                        inputs[rows].to(self.device),
+                        Gaussian(self.scale),
+                        num_classes=self.nb_classes,
+                        n=n,
+                        n0=self.sample_size if n0 is None else n0,
+                        rule=OneSided(self.alpha) if rule is None else rule,
+                        seed=seed,
+                        indices=keys[rows],
+                        block=self.block,
+                    )
+                )
+        return Certificates.concatenate(parts)
+
+    def certify(self, x: ArrayLike | Tensor, n: int, batch_size: int = 32) -> tuple[Array, Array]:
+        """Certify b inputs, in ART's form.
+
+        Parameters
+        ----------
+        x : array_like or Tensor, shape (b, *input_shape)
+            Raw inputs.
+        n : int
+            Estimation draws; `sample_size` further draws name the class.
+        batch_size : int
+            Inputs on the device at a time; changes no bit of the result.
+
+        Returns
+        -------
+        prediction : ndarray of int64, shape (b,)
+            Certified class, -1 where abstained.
+        radius : ndarray of float64, shape (b,)
+            Certified l2 radius, 0 where abstained.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As `certificates`.
+
+        Notes
+        -----
+        *Guarantee.* That of `certificates`, at ``alpha``, with entropy from the system.
+        """
+        found = self.certificates(x, n=n, batch_size=batch_size)
+        return np.where(found.abstained, -1, found.prediction), found.radius.copy()
+
+    def predictions(
+        self,
+        x: ArrayLike | Tensor,
+        *,
+        n: int | None = None,
+        alpha: float | None = None,
+        indices: ArrayLike | None = None,
+        seed: int | None = None,
+        batch_size: int = 128,
+        verbose: bool = False,
+    ) -> Predictions:
+        """Answer with the class of the smoothed classifier, with the votes behind it.
+
+        Parameters
+        ----------
+        x : array_like or Tensor, shape (b, *input_shape)
+            Raw inputs; not held to clip_values, and NaN only makes votes invalid.
+        n : int, optional
+            Votes for each input; `sample_size` by default.
+        alpha : float, optional
+            Probability of a wrong class, at most; the estimator's by default.
+        indices, seed, batch_size
+            As in `certificates`.
+        verbose : bool
+            Show a progress bar.
+
+        Returns
+        -------
+        Predictions
+
+        Raises
+        ------
+        ValueError, TypeError
+            For inputs of the wrong shape or type, or n, alpha, indices, seed or batch_size out of range.
+
+        Notes
+        -----
+        *Guarantee.* For each input, the probability of a class other than the smoothed classifier's is at most alpha.
+
+        *Source.* Cohen et al. (2019), PREDICT and proposition 1.
+        """
+        inputs = self._inputs(x)
+        keys, size, seed = check_indices(indices, len(inputs)), check_count(batch_size, "batch_size"), check_seed(seed)
+        parts = []
+        with evaluating(self.model):
+            for start in tqdm(range(0, len(inputs), size), desc="Randomized smoothing", disable=not verbose):
+                rows = slice(start, start + size)
+                parts.append(
+                    predict(
+                        self.model.f,
+                        inputs[rows].to(self.device),
+                        Gaussian(self.scale),
+                        num_classes=self.nb_classes,
+                        n=self.sample_size if n is None else n,
+                        alpha=self.alpha if alpha is None else alpha,
+                        seed=seed,
+                        indices=keys[rows],
+                        block=self.block,
+                    )
+                )
+        return Predictions.concatenate(parts)
+
+    def predict(self, x: Array, batch_size: int = 128, verbose: bool = False, **kwargs: Any) -> Array:
+        """Answer with the class of the smoothed classifier, in ART's form.
+
+        Parameters
+        ----------
+        x : ndarray, shape (b, *input_shape)
+            Raw inputs.
+        batch_size : int
+            Inputs on the device at a time; changes no bit of the result.
+        verbose : bool
+            Show a progress bar.
+        **kwargs
+            ``is_abstain=False`` answers with the leading class where the votes are not clear; ``seed`` reproduces the
+            votes. What else ART's callers pass (``training_mode``, ``logits``) has no meaning here.
+
+        Returns
+        -------
+        ndarray of float64, shape (b, nb_classes)
+            One-hot rows, and a row of zeros where abstained. ``argmax`` of that is class 0: attacks that need scores
+            take `attack_view`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For inputs of the wrong shape or type, or a batch_size or seed out of range.
+
+        Notes
+        -----
+        *Guarantee.* For each input, the probability of a class other than the smoothed classifier's is at most alpha.
+
+        *Source.* Cohen et al. (2019), PREDICT and proposition 1.
+        """
+        abstains = kwargs.get("is_abstain")
+        if abstains is not None and not isinstance(abstains, bool):
+            raise ValueError(f"is_abstain must be a bool, got {abstains!r}")
+        found = self.predictions(x, seed=kwargs.get("seed"), batch_size=batch_size, verbose=verbose)
+        answers = np.zeros((len(found.prediction), self.nb_classes))
+        answered = np.ones_like(found.abstained) if abstains is False else ~found.abstained
+        answers[np.arange(len(answers)), found.prediction] = answered
+        return answers
+
+    def attack_view(self, samples: int | None = None, seed: int = 0) -> PyTorchClassifier:
+        """Deterministic soft scores of the smoothed classifier, for attacks that need scores.
+
+        Parameters
+        ----------
+        samples : int, optional
+            Draws in its fixed bank; `bank_samples` by default.
+        seed : int
+            Seed of its bank.
+
+        Returns
+        -------
+        PyTorchClassifier
+            Sharing this network; log mean probabilities, float32 inside whatever comes in, never abstaining. An
+            adversarial example of the view is one of the smoothed classifier only after fresh votes say so.
+        """
+        module = SmoothedModule(
+            self.model.base,
+            self.scale,
+            transform=self.model.f.transform,
+            samples=self.bank_samples if samples is None else samples,
+            seed=seed,
+            probabilities=self.model.probabilities,
+            block=self.block,
+        )
+        return PyTorchClassifier(
+            model=module.eval(),
+            loss=self.loss,
+            input_shape=self.input_shape,
+            nb_classes=self.nb_classes,
+            channels_first=self.channels_first,
+            clip_values=self.clip_values,
+            preprocessing=None,
+            device_type=self.device_type,
+        )
+
+    # ------------------------------------------------------------------ gradients
+
+    def loss_gradient(
+        self, x: Array | Tensor, y: Array | Tensor, training_mode: bool = False, **kwargs: Any
+    ) -> Array | Tensor:
+        """Gradient of the loss with respect to the input.
+
+        Parameters
+        ----------
+        x : ndarray or Tensor, shape (b, *input_shape)
+            Raw inputs.
+        y : ndarray or Tensor, shape (b,) or (b, nb_classes)
+            Class indices, one-hot rows or probabilities.
+        training_mode : bool
+            True takes one fresh noise draw in place of the bank.
+        **kwargs
+            ``sampling=False`` takes the base classifier without noise, as ART's ShadowAttack does with its own noise.
+
+        Returns
+        -------
+        ndarray or Tensor, shape of x
+            Of the same kind as x, on its device.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For inputs or labels that do not fit.
+        """
+        target = self.model.f if kwargs.get("sampling") is False else self.model
+        leaf, labels = self._leaf(x), self._labels(y)
+        with evaluating(target):
+            target.train(training_mode)
+            (gradient,) = torch.autograd.grad(self.loss(target(leaf), labels), leaf)
+        return _as_given(gradient, x)
+
+    def class_gradient(
+        self,
+        x: Array | Tensor,
+        label: int | list[int] | Array | None = None,
+        training_mode: bool = False,
+        **kwargs: Any,
+    ) -> Array | Tensor:
+        """Gradient of the smoothed classifier's scores (log mean probabilities) with respect to the input.
+
+        Parameters
+        ----------
+        x : ndarray or Tensor, shape (b, *input_shape)
+            Raw inputs.
+        label : int or array_like of int, shape (b,), optional
+            One class for all inputs, or one for each; every class by default.
+        training_mode : bool
+            True takes one fresh noise draw in place of the bank.
+        **kwargs
+            Ignored, as in ART.
+
+        Returns
+        -------
+        ndarray or Tensor, shape (b, nb_classes or 1, *input_shape)
+
+        Raises
+        ------
+        ValueError, TypeError
+            For inputs that do not fit, or classes out of range.
+        """
+        leaf = self._leaf(x)
+        if label is None:
+            wanted = torch.arange(self.nb_classes, device=self.device).expand(len(leaf), -1)
+        else:
+            chosen = np.broadcast_to(np.asarray(label), (len(leaf),))
+            if chosen.dtype.kind not in "iu" or np.any(chosen < 0) or np.any(chosen >= self.nb_classes):
+                raise ValueError(f"label must be class indices in [0, {self.nb_classes}), got {label}")
+            wanted = torch.as_tensor(chosen.astype(np.int64), device=self.device)[:, None]
+        with evaluating(self.model):
+            self.model.train(training_mode)
+            scores = self.model(leaf).gather(1, wanted)
+            gradients = [
+                torch.autograd.grad(scores[:, column].sum(), leaf, retain_graph=True)[0]
+                for column in range(wanted.shape[1])
+            ]
+        return _as_given(torch.stack(gradients, dim=1), x)
+
+    def compute_loss(
+        self, x: Array | Tensor, y: Array | Tensor, reduction: str = "none", **kwargs: Any
+    ) -> Array | Tensor:
+        """Loss of the smoothed classifier's scores.
+
+        Parameters
+        ----------
+        x, y
+            As in `loss_gradient`.
+        reduction : str
+            ``"none"``, ``"mean"`` or ``"sum"``, as in PyTorch.
+        **kwargs
+            Ignored, as in ART.
+
+        Returns
+        -------
+        ndarray or Tensor
+            Shape (b,) for ``"none"``, else a scalar.
+        """
+        labels, before = self._labels(y), self.loss.reduction
+        tensor = isinstance(x, Tensor)
+        inputs = self._inputs(x, keep_dtype=True).to(self.device)
+        self.loss.reduction = reduction
+        try:
+            with torch.set_grad_enabled(tensor), evaluating(self.model):
+                value = self.loss(self.model(inputs), labels)
+        finally:
+            self.loss.reduction = before
+        result: Array | Tensor = value if tensor else value.cpu().numpy()
+        return result
+
+    def get_activations(
+        self, x: Array | Tensor, layer: int | str, batch_size: int = 128, framework: bool = False
+    ) -> Array | Tensor:
+        """Activations of a layer of the base network at clean inputs.
+
+        Parameters
+        ----------
+        x : ndarray or Tensor, shape (b, *input_shape)
+            Raw inputs.
+        layer : int or str
+            Position or name among `layer_names`, the children of the base network.
+        batch_size : int
+            Inputs of one forward pass.
+        framework : bool
+            True returns a tensor that carries gradients.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If there is no such layer.
+        """
+        names = self.layer_names
+        if isinstance(layer, str) and layer in names:
+            name = layer
+        elif isinstance(layer, int | np.integer) and -len(names) <= layer < len(names):
+            name = names[layer]
+        else:
+            raise ValueError(f"layer must be one of {names} or its position, got {layer!r}")
+        inputs, size = self._inputs(x, keep_dtype=framework).to(self.device), check_count(batch_size, "batch_size")
+        found: list[Tensor] = []
+        handle = self.model.base.get_submodule(name).register_forward_hook(lambda *call: found.append(call[2]))
+        try:
+            with torch.set_grad_enabled(framework), evaluating(self.model):
+                for start in range(0, len(inputs), size):
+                    self.model.f(inputs[start : start + size])
+        finally:
+            handle.remove()
+        activations = torch.cat(found)
+        return activations if framework else activations.cpu().numpy()
+
+    # ------------------------------------------------------------------ training
+
+    def fit(
+        self,
+        x: Array,
+        y: Array,
+        batch_size: int = 128,
+        nb_epochs: int = 10,
+        training_mode: bool = True,
+        drop_last: bool = False,
+        scheduler: Scheduler | None = None,
+        verbose: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Train the base network under the noise that certification adds; further calls go on from there.
+
+        Parameters
+        ----------
+        x : ndarray, shape (b, *input_shape)
+            Raw inputs, within clip_values.
+        y : ndarray, shape (b,) or (b, nb_classes)
+            Class indices, one-hot rows or probabilities.
+        batch_size, nb_epochs : int
+            Inputs of a batch, passes over the data.
+        training_mode : bool
+            False keeps the network in eval mode while it is trained.
+        drop_last : bool
+            Leave out the last batch if it is short.
+        scheduler : optional
+            Learning-rate schedule of PyTorch, stepped after each epoch.
+        verbose : bool
+            Show a progress bar with loss and accuracy under noise.
+        **kwargs
+            Ignored, as in ART.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Without an optimizer; for inputs or labels that do not fit, NaN, or inputs outside clip_values; if the loss
+            is not finite.
+        """
+        inputs, targets = self._training_batch(x, y)
+        seed = self._next_seed()
+        batches = shuffled(inputs, targets, batch_size=batch_size, seed=seed, drop_last=drop_last)
+        self._train(batches, nb_epochs, seed=seed, scheduler=scheduler, train_mode=training_mode, verbose=verbose)
+
+    def fit_generator(self, generator: Any, nb_epochs: int = 20, verbose: bool = False, **kwargs: Any) -> None:
+        """Train on batches of one of ART's generators, under the same noise as `fit`.
+
+        Parameters
+        ----------
+        generator : DataGenerator
+            Of ART; a PyTorchDataGenerator streams its loader.
+        nb_epochs : int
+            Passes over the data.
+        verbose : bool
+            Show a progress bar.
+        **kwargs
+            ``scheduler``, as in `fit`.
+        """
+
+        def batches(_: int) -> Iterator[tuple[Tensor, Tensor]]:
+            if isinstance(generator, PyTorchDataGenerator):
+                found: Iterable[Any] = generator.iterator
+            else:
+                found = (generator.get_batch() for _ in range(max(1, generator.size // generator.batch_size)))
+            for x, y in found:
+                inputs, targets = self._training_batch(x, y)
+                yield torch.from_numpy(inputs), torch.from_numpy(targets)
+
+        scheduler = kwargs.get("scheduler")
+        self._train(
+            batches, nb_epochs, seed=self._next_seed(), scheduler=scheduler, train_mode=True, verbose=verbose
+        )
+
+    def _train(
+        self,
+        batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+        epochs: int,
+        *,
+        seed: int,
+        scheduler: Scheduler | None,
+        train_mode: bool,
+        verbose: bool,
+    ) -> None:
+        if self.optimizer is None:
+            raise ValueError("optimizer is needed to train, but none was given to the constructor")
+
+        def objective(logits: Tensor, labels: Tensor) -> Tensor:
+            value: Tensor = self.loss(logits.flatten(0, 1), labels.expand(len(logits), *labels.shape).flatten(0, 1))
+            return value
+
+        with tqdm(total=epochs, desc="Epochs", disable=not verbose) as bar:
+
+            def report(epoch: Epoch) -> None:
+                bar.set_postfix(loss=f"{epoch.loss:.3f}", noisy_accuracy=f"{epoch.noisy_accuracy:.3f}")
+                bar.update()
+
+            self.history_ = fit(
+                self.model.f,
+                batches,
+                noise=Gaussian(self.scale),
+                optimizer=self.optimizer,
+                epochs=epochs,
+                loss=objective,
+                scheduler=scheduler,
+                train_mode=train_mode,
+                seed=seed,
+                callback=report,
+            )
+
+    def _next_seed(self) -> int:
+        """Seed of one call of `fit`; ART's trainers call it for every batch, and each must meet noise of its own."""
+        key = self.model.next_key()
+        return derive_seed(key.seed, key.chunk)
+
+    # ------------------------------------------------------------------ copies and files
+
+    def clone_for_refitting(self) -> Self:
+        """Copy with the same settings and optimiser, and fresh weights."""
+        if self.optimizer is None:
+            raise ValueError("optimizer is needed to clone for refitting, but none was given to the constructor")
+        network = copy.deepcopy(self.model.base)
+        family = type(self.optimizer)
+        accepted = inspect.signature(family.__init__).parameters
+        defaults = {name: value for name, value in self.optimizer.defaults.items() if name in accepted}
+        settings = {**self.get_params(), "model": network, "optimizer": family(network.parameters(), **defaults)}
+        clone = type(self)(**settings)
+        clone.reset()
+        return clone
+
+    def save(self, filename: str, path: str | None = None) -> None:
+        """Write the base network's state dict to ``filename.model`` and the optimiser's to ``filename.optimizer``.
+
+        Parameters
+        ----------
+        filename : str
+            Name without extension.
+        path : str, optional
+            Folder; ART's data folder by default.
+        """
+        target = Path(path if path is not None else config.ART_DATA_PATH) / filename
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(self.model.base.state_dict(), f"{target}.model")
+        if self.optimizer is not None:
+            torch.save(self.optimizer.state_dict(), f"{target}.optimizer")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # ART writes files into its data folder on every pickle and deepcopy; this one is whole in itself
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_model_wrapper", "_device")}
+        state["_model"] = self.model
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        module = state.pop("_model")
+        self.__dict__.update(state)
+        self._model = self._make_model_wrapper(module)
+        self._check_params()
+
+    # ------------------------------------------------------------------ what comes in
+
+    def _inputs(self, x: Any, *, strict: bool = False, keep_dtype: bool = False) -> Tensor:
+        inputs = as_inputs(x, self.input_shape, keep_dtype=keep_dtype)
+        if strict:
+            check_finite(inputs)
+            check_range(inputs, self.clip_values)
+        return inputs
+
+    def _leaf(self, x: Array | Tensor) -> Tensor:
+        return self._inputs(x, keep_dtype=True).to(self.device).detach().clone().requires_grad_()
+
+    def _labels(self, y: Array | Tensor) -> Tensor:
+        return torch.as_tensor(self.reduce_labels(as_one_hot(y, self.nb_classes)), device=self.device)
+
+    def _training_batch(self, x: Any, y: Any) -> tuple[NDArray[np.float32], Array]:
+        """Checked inputs and the labels that the loss takes, after the augmentations of training data."""
+        inputs, labels = self._inputs(x, strict=True).cpu().numpy(), as_one_hot(y, self.nb_classes)
+        if len(inputs) != len(labels):
+            raise ValueError(f"x and y must have the same length, got {len(inputs)} and {len(labels)}")
+        for operation in self._augmentations:
+            inputs, labels = operation(inputs, labels)
+        targets = self.reduce_labels(np.asarray(labels, dtype=np.float32))
+        return np.asarray(inputs, dtype=np.float32), np.asarray(targets)
+
+
+def _as_given(result: Tensor, x: Array | Tensor) -> Array | Tensor:
+    """A result of the kind of x: tensor or array."""
+    return result.detach() if isinstance(x, Tensor) else result.detach().cpu().numpy()

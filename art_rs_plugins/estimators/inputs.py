@@ -1,0 +1,100 @@
+"""What crosses ART's border on the way in: inputs, labels and sigma, checked and cast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from art_rs_plugins.theory.radii import check_sigma
+
+__all__ = ["as_inputs", "as_one_hot", "as_sigma", "check_finite", "check_range"]
+
+RANGE_SLACK = 1e-6
+
+
+def as_inputs(x: Any, input_shape: tuple[int, ...], *, keep_dtype: bool = False) -> Tensor:
+    """Inputs as a tensor (b, *input_shape), cast to float32 unless a floating dtype is to be kept.
+
+    Raises
+    ------
+    TypeError
+        If x does not hold real numbers.
+    ValueError
+        If x has another shape, or is empty.
+    """
+    if isinstance(x, Tensor):
+        tensor = x
+    else:
+        array = np.asarray(x)
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"x must be an array of real numbers, got dtype {array.dtype}")
+        tensor = torch.from_numpy(np.array(array, order="C"))
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        raise TypeError(f"x must be an array of real numbers, got dtype {tensor.dtype}")
+    if tensor.ndim != 1 + len(input_shape) or tuple(tensor.shape[1:]) != tuple(input_shape):
+        hint = "; add the batch axis with x[None]" if tuple(tensor.shape) == tuple(input_shape) else ""
+        wanted = ", ".join(("b", *map(str, input_shape)))
+        raise ValueError(f"x must have shape ({wanted}), got {tuple(tensor.shape)}{hint}")
+    if len(tensor) == 0:
+        raise ValueError("x must hold at least one input, got none")
+    return tensor if keep_dtype and tensor.is_floating_point() else tensor.detach().to(torch.float32)
+
+
+def check_finite(x: Tensor) -> None:
+    """Raise ``ValueError`` where x holds NaN or Inf."""
+    finite = torch.isfinite(x).flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        rows = (~finite).nonzero().flatten().tolist()
+        raise ValueError(f"x must be finite, got NaN or Inf in {len(rows)} inputs, the first at position {rows[0]}")
+
+
+def check_range(x: Tensor, clip_values: Any) -> None:
+    """Raise ``ValueError`` where x leaves clip_values, a pair of numbers or of arrays, by more than 1e-6."""
+    if clip_values is None:
+        return
+    low, high = (torch.as_tensor(np.asarray(limit, dtype=np.float32), device=x.device) for limit in clip_values)
+    if low.numel() > 1:
+        low, high = low.view(x.shape[1:]), high.view(x.shape[1:])
+    if bool(((x < low - RANGE_SLACK) | (x > high + RANGE_SLACK)).any()):
+        raise ValueError(
+            f"x must lie within clip_values [{float(low.min()):g}, {float(high.max()):g}], got "
+            f"[{float(x.min()):g}, {float(x.max()):g}]; rescale x, or give the clip_values of its units"
+        )
+
+
+def as_one_hot(y: Any, nb_classes: int) -> NDArray[np.float32]:
+    """Labels as rows (b, nb_classes) of probabilities, from class indices (b,) or (b, 1), or from such rows.
+
+    Raises
+    ------
+    TypeError
+        If indices are not integers.
+    ValueError
+        If indices are out of range, or rows of another length or not finite.
+    """
+    labels = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim == 1:
+        if labels.dtype.kind not in "iuf" or np.any(labels != np.floor(labels)):
+            raise TypeError(f"y must be class indices, or rows of shape (b, {nb_classes}); got dtype {labels.dtype}")
+        if np.any(labels < 0) or np.any(labels >= nb_classes):
+            raise ValueError(
+                f"y must be class indices in [0, {nb_classes}), got values in [{labels.min()}, {labels.max()}]"
+            )
+        return np.eye(nb_classes, dtype=np.float32)[labels.astype(np.int64)]
+    if labels.ndim != 2 or labels.shape[1] != nb_classes or not np.all(np.isfinite(labels)):
+        raise ValueError(f"y must be finite and have shape (b,) or (b, {nb_classes}), got shape {labels.shape}")
+    return labels.astype(np.float32)
+
+
+def as_sigma(value: Any) -> float:
+    """Sigma as a float; ``ValueError`` unless it is one finite number > 0."""
+    sigma = check_sigma(value, "scale")
+    if sigma.ndim:
+        raise ValueError(f"scale must be one number, got shape {sigma.shape}")
+    return float(sigma)

@@ -1,0 +1,447 @@
+"""Reports: the numbers of Cohen's logs, the wording around what is not certified, and a page that stands alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from art_rs_plugins.benchmark.plots import plot_audit, plot_certified_accuracy
+from art_rs_plugins.benchmark.records import Record, RecordWriter, read_record
+from art_rs_plugins.benchmark.report import (
+    RADII,
+    audit_from_json,
+    audit_table,
+    audit_text,
+    audit_to_json,
+    demo_table,
+    load_audit,
+    render,
+    save_audit,
+    summarize,
+    write_report,
+)
+from art_rs_plugins.theory.audit import AttackOutcomes, Audit, audit
+from art_rs_plugins.theory.bounds import clopper_pearson_upper
+from art_rs_plugins.theory.certificates import Certificates, Kind
+from art_rs_plugins.theory.metrics import accuracy_curve
+from art_rs_plugins.theory.radii import gaussian_radius
+
+SHARED = os.environ.get("ART_RS_SHARED_DATA", "")
+LOGS = Path(SHARED) / "cohen_logs" / "cohen"
+needs_logs = pytest.mark.skipif(
+    not SHARED or not LOGS.is_dir(), reason="ART_RS_SHARED_DATA names no folder with the logs of Cohen et al."
+)
+
+# Four of eight right; radii .25, .2499 and 1.5 on both sides of the table's grid; one abstention of the true class.
+COHEN = (
+    "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
+    "0\t3\t3\t0.25\t1\t16.6\n"
+    "20\t7\t-1\t0.0\t0\t0:00:14.206886\n"
+    "40\t4\t6\t1.35\t0\t16.6\n"
+    "60\t4\t4\t0.2499\t1\t16.6\n"
+    "80\t1\t1\t1.5\t1\t16.6\n"
+    "100\t1\t1\t0.0\t1\t16.6\n"
+    "120\t2\t-1\t0.0\t0\t16.6\n"
+    "140\t2\t0\t0.75\t0\t16.6\n"
+)
+
+
+def cohen_like(folder: Path, name: str = "sigma_0.50") -> Record:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.tsv").write_text(COHEN)
+    return read_record(folder / f"{name}.tsv")
+
+
+def our_certificates(kind: Kind = "certified") -> Certificates:
+    return Certificates(
+        prediction=np.array([0, 1, 1, 0]),
+        radius=np.array([0.6, 0.3, 0.0, 0.9]),
+        abstained=np.array([False, False, True, False]),
+        p_lower=np.array([0.9, 0.8, 0.4, 0.99]),
+        p_upper=np.array([0.1, 0.2, 0.6, 0.01]),
+        count=np.array([95, 85, 45, 100]),
+        runner_up_count=np.array([5, 15, 55, 0]),
+        n=np.full(4, 100),
+        n0=np.full(4, 10),
+        sigma=np.full(4, 0.5),
+        alpha=np.full(4, 0.001),
+        index=np.array([3, 5, 7, 9]),
+        seed=np.zeros(4, dtype=np.int64),
+        kind=kind,
+    )
+
+
+LABELS = np.array([0, 1, 1, 1])
+
+
+def ours(folder: Path, kind: Kind = "certified", name: str = "run") -> Record:
+    with RecordWriter(folder / f"{name}.tsv", {"note": "<b>&amp;</b>"}) as writer:
+        writer.append(our_certificates(kind), LABELS, 0.1)
+    return read_record(folder / f"{name}.tsv")
+
+
+def an_audit(*, broken: bool) -> Audit:
+    """Attack at .25 and .5: input 5 falls at .5, outside its ball, or inside it at .25 as well if broken."""
+    prediction = np.array([[0, 0 if broken else 1, 1, 0], [0, 0, 1, 0]])
+    outcomes = AttackOutcomes(
+        name="<pgd>",
+        budgets=np.array([0.25, 0.5]),
+        prediction=prediction,
+        abstained=np.array([[False] * 4, [True, False, False, False]]),
+        distance=np.array([[0.25] * 4, [0.5] * 4]),
+        confirmed=np.ones((2, 4), dtype=bool),
+        n=200,
+        alpha=0.001,
+    )
+    return audit(our_certificates(), outcomes, LABELS)
+
+
+def test_a_log_of_cohens_format_adds_up(tmp_path: Path) -> None:
+    summary = summarize(cohen_like(tmp_path))
+    assert (summary.name, summary.rows, summary.kind) == ("sigma_0.50", 8, None)
+    assert (summary.sigma, summary.n, summary.n0, summary.alpha) == (None, None, None, None)
+    assert summary.abstain_rate == 2 / 8
+    assert summary.natural_accuracy == 4 / 8
+    assert summary.acr == pytest.approx((0.25 + 0.2499 + 1.5) / 8, abs=1e-15)
+    np.testing.assert_array_equal(summary.curve.radii, [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5])
+    np.testing.assert_array_equal(summary.curve.accuracy * 8, [4, 2, 1, 1, 1, 1, 1])
+    # Clopper-Pearson of 1 in 8 at 95 %, from tables
+    assert (summary.curve.lower[2], summary.curve.upper[2]) == pytest.approx((0.0032, 0.5265), abs=5e-5)
+
+
+def test_settings_come_from_columns_then_from_the_manifest(tmp_path: Path) -> None:
+    summary = summarize(ours(tmp_path))
+    assert (summary.sigma, summary.n, summary.n0, summary.alpha, summary.kind) == (0.5, 100, 10, 0.001, "certified")
+    cohen_like(tmp_path, "theirs")
+    (tmp_path / "theirs.manifest.json").write_text('{"alpha": 0.01, "config": {"sigma": 0.12, "n": 100000}}')
+    summary = summarize(read_record(tmp_path / "theirs.tsv"))
+    assert (summary.sigma, summary.n, summary.n0, summary.alpha) == (0.12, 100_000, None, 0.01)
+
+
+def test_a_sigma_for_each_input_is_no_sigma_of_the_record(tmp_path: Path) -> None:
+    ours(tmp_path)
+    text = (tmp_path / "run.tsv").read_text().replace("\t0.1\t0.5\t", "\t0.1\t0.25\t", 1)
+    (tmp_path / "run.tsv").write_text(text)
+    summary = summarize(read_record(tmp_path / "run.tsv"))
+    assert (summary.sigma, summary.alpha) == (None, 0.001)
+
+
+def test_json_has_one_object_for_each_record(tmp_path: Path) -> None:
+    entries = json.loads(render([cohen_like(tmp_path), ours(tmp_path)], "json"))
+    assert [entry["record"] for entry in entries] == ["sigma_0.50", "run"]
+    theirs, mine = entries
+    assert theirs["certified_accuracy"] == {
+        "0": 0.5, "0.25": 0.25, "0.5": 0.125, "0.75": 0.125, "1": 0.125, "1.25": 0.125, "1.5": 0.125
+    }  # fmt: skip
+    assert {name: theirs[name] for name in ("rows", "sigma", "n", "alpha", "kind", "abstain_rate")} == {
+        "rows": 8, "sigma": None, "n": None, "alpha": None, "kind": None, "abstain_rate": 0.25
+    }  # fmt: skip
+    assert {name: mine[name] for name in ("rows", "sigma", "n", "n0", "alpha", "kind", "abstain_rate", "acr")} == {
+        "rows": 4, "sigma": 0.5, "n": 100, "n0": 10, "alpha": 0.001, "kind": "certified", "abstain_rate": 0.25,
+        "acr": pytest.approx(0.225),
+    }  # fmt: skip
+    assert mine["certified_accuracy"]["0.5"] == 0.25
+    assert "audit" not in mine
+
+
+@pytest.mark.parametrize("kind", ["conditional", "committed"])
+def test_what_is_not_certified_never_counts_as_certified(tmp_path: Path, kind: Kind) -> None:
+    record = ours(tmp_path, kind)
+    (entry,) = json.loads(render([record], "json"))
+    assert entry["certified_accuracy"] is None
+    assert entry["acr"] is None
+    assert entry[f"{kind}_accuracy"]["0.5"] == 0.25
+    assert entry[f"{kind}_acr"] == pytest.approx(0.225)
+    mixed = render([record, cohen_like(tmp_path)], "md")
+    certified, _, rest = mixed.partition(f"## Accuracy by l2 radius, {kind}")
+    assert "| sigma_0.50 " in certified
+    assert "| run " not in certified
+    assert "| run " in rest
+    page = render([record], "html")
+    assert "ertified accuracy at radius" not in page
+    assert f"{kind} accuracy at radius 0.5" in page
+    assert "certificates are false" not in page
+
+
+def test_csv_is_rectangular_and_agrees_with_json(tmp_path: Path) -> None:
+    records = [cohen_like(tmp_path), ours(tmp_path), ours(tmp_path, "conditional", "frozen, once")]
+    audits = [None, an_audit(broken=True), None]
+    rows = list(csv.DictReader(io.StringIO(render(records, "csv", audits))))
+    assert [row["record"] for row in rows] == ["sigma_0.50", "run", "frozen, once"]
+    assert [row["certified_accuracy_0.25"] for row in rows] == ["0.25", "0.5", ""]
+    assert [row["conditional_accuracy_0.25"] for row in rows] == ["", "", "0.5"]
+    assert [row["sigma"] for row in rows] == ["", "0.5", "0.5"]
+    assert [row["audit_contradictions"] for row in rows] == ["", "1", ""]
+    assert "certified_accuracy" not in rows[0]
+
+
+def test_markdown_latex_and_text_hold_the_same_cells(tmp_path: Path) -> None:
+    record = cohen_like(tmp_path, "a_b|c&d")
+    cells = ["8", "", "", "", "0.250", "0.250", "0.500", "0.250", "0.125", "0.125", "0.125", "0.125", "0.125"]
+    markdown = render([record], "md").splitlines()
+    assert [cell.strip() for cell in markdown[-1].replace("\\|", "/").strip("|").split("|")] == ["a_b/c&d", *cells]
+    latex = next(line for line in render([record], "latex").splitlines() if "a\\_b" in line)
+    assert [cell.strip() for cell in latex.replace("\\&", "+").removesuffix("\\\\").split("&")] == ["a\\_b|c+d", *cells]
+    text = render([record], "text").splitlines()
+    assert text[-1].split() == ["a_b|c&d", *(cell for cell in cells if cell)]
+
+
+def test_tables_of_attacks_follow_and_name_each_case(tmp_path: Path) -> None:
+    record = ours(tmp_path, name="a_b")
+    markdown = render([record], "md", [an_audit(broken=True)])
+    assert "## Attacks on a_b - contradictions: 1" in markdown
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
+    assert ["0.25", "0.500", "0.500", "0.000", "0.500", "0.000", "1"] in rows
+    assert ["5", "<pgd>", "0.25", "0.25", "0.3", "1", "0"] in rows
+    latex = render([record], "latex", [an_audit(broken=False)])
+    assert "\\paragraph*{Attacks on a\\_b - contradictions: 0}" in latex
+    assert "pgd" not in latex
+
+
+def test_records_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    records = [cohen_like(tmp_path / f"noise_{sigma}" / "test") for sigma in ("0.25", "0.50")]
+    names = [entry["record"] for entry in json.loads(render(records, "json"))]
+    assert names == ["noise_0.25/test/sigma_0.50", "noise_0.50/test/sigma_0.50"]
+    names = [entry["record"] for entry in json.loads(render(records[:1] * 2, "json"))]
+    assert len(set(names)) == 2
+
+
+class Page(HTMLParser):
+    """Collects tags and text of a page, and checks that every tag is closed in order."""
+
+    VOID = ("meta", "br", "use")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[tuple[str, str]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append((self.open[-1] if self.open else "", data))
+
+    def words(self) -> str:
+        return " ".join(data for tag, data in self.text if tag not in ("style", "script"))
+
+
+def test_the_page_stands_alone_and_escapes_what_it_shows(tmp_path: Path) -> None:
+    name = "<script>alert(1)</script>".replace("/", "") + " $x_1$"
+    record = ours(tmp_path, name=name)
+    source = render([record, cohen_like(tmp_path, "_under")], "html", [an_audit(broken=True), None])
+    page = Page(source)
+    assert page.open == []
+    assert "script" not in {tag for tag, _, _ in page.attributes} | {tag for tag, _ in page.text}
+    assert "http" not in source
+    assert "url(" not in source.replace("url(#", "")
+    outside = [value for _, attribute, value in page.attributes if attribute in ("src", "href", "xlink:href")]
+    assert outside
+    assert all(value.startswith("#") for value in outside)
+    assert name in page.words()
+    assert "_under" in page.words()
+    assert "<pgd>" in page.words()
+    assert "<b>&amp;</b>" in page.words()  # from the manifest
+    assert render([record], "html") == render([record], "html")
+
+
+def test_the_page_is_loud_about_contradictions_and_calm_without(tmp_path: Path) -> None:
+    record = ours(tmp_path)
+    loud = render([record], "html", [an_audit(broken=True)])
+    assert loud.index('role="alert"') < loud.index("<svg")
+    assert "Contradictions: 1" in Page(loud).words()
+    row = ["5", "<pgd>", "0.25", "0.25", "0.3", "1", "0"]
+    cells = [data for tag, data in Page(loud).text if tag == "td"]
+    assert any(cells[start : start + len(row)] == row for start in range(len(cells)))
+    calm = render([record], "html", [an_audit(broken=False)])
+    assert 'role="alert"' not in calm
+    assert "Contradictions: 0" in Page(calm).words()
+    silent = Page(render([record], "html")).words()
+    assert "Contradictions: 0" not in silent  # nobody looked
+    assert "No attack was recorded" in silent
+
+
+def test_the_page_says_what_is_guaranteed(tmp_path: Path) -> None:
+    words = Page(render([ours(tmp_path)], "html")).words()
+    # 4 certificates at alpha .001: P(more than 1 false) = 6e-6 <= .001 < P(at least 1) = .004
+    assert "with probability at least 0.999, at most 1 of the 4 certificates are false" in words
+    assert "n = 100, n0 = 10, alpha = 0.001" in words
+    assert "alpha is not recorded" in Page(render([cohen_like(tmp_path)], "html")).words()
+
+
+def test_audit_table_by_hand() -> None:
+    first, second = audit_table(an_audit(broken=False))
+    assert first == {
+        "budget": 0.25, "certified": 0.5, "correct": 0.75, "abstained": 0.0, "wrong": 0.25, "gap": 0.25,
+        "contradictions": 0,
+    }  # fmt: skip
+    assert second == {
+        "budget": 0.5, "certified": 0.25, "correct": 0.25, "abstained": 0.25, "wrong": 0.5, "gap": 0.25,
+        "contradictions": 0,
+    }  # fmt: skip
+    assert [row["contradictions"] for row in audit_table(an_audit(broken=True))] == [1, 0]
+    assert audit_text(an_audit(broken=False)).splitlines()[-1] == "Contradictions: 0"
+    assert audit_text(an_audit(broken=True)).splitlines()[-1].split() == ["5", "<pgd>", "0.25", "0.25", "0.3", "1", "0"]
+
+
+def test_audits_come_back_from_disk(tmp_path: Path) -> None:
+    made = an_audit(broken=True)
+    assert load_audit(tmp_path / "run.tsv") is None
+    path = save_audit(made, tmp_path / "run.tsv")
+    assert path == tmp_path / "run.audit.json"
+    back = load_audit(tmp_path / "run.tsv")
+    assert back is not None
+    assert audit_to_json(back) == audit_to_json(made)
+    assert back.suspected == made.suspected
+    np.testing.assert_array_equal(back.certified.lower, made.certified.lower)
+    path.write_text(path.read_text().replace('"wrong"', '"wrang"'))
+    with pytest.raises(ValueError, match=r"run\.audit\.json: value is not an audit \('wrong'\)"):
+        load_audit(tmp_path / "run.tsv")
+    with pytest.raises(ValueError, match="is not an audit"):
+        audit_from_json({"certified": [1]})
+
+
+def test_the_demo_table_has_a_line_for_each_attack_and_budget(tmp_path: Path) -> None:
+    lines = demo_table([(0.5, ours(tmp_path), {"pgd": an_audit(broken=False)})]).splitlines()
+    assert lines[-2].split() == ["0.5", "pgd", "0.25", "0.500", "0.750", "0.000", "0.250", "0.250", "0"]
+    assert lines[-1].split() == ["0.5", "pgd", "0.5", "0.250", "0.250", "0.250", "0.500", "0.250", "0"]
+
+
+def test_wrong_requests_are_named(tmp_path: Path) -> None:
+    record = cohen_like(tmp_path)
+    with pytest.raises(ValueError, match="format must be one of html, md, csv, latex, json, text, got 'pdf'"):
+        render([record], "pdf")
+    with pytest.raises(ValueError, match=r"format must be one of .*parquet, got 'pdf'"):
+        write_report([record], "pdf", tmp_path / "a")
+    with pytest.raises(ValueError, match="at least one record"):
+        render([], "md")
+    with pytest.raises(ValueError, match="one entry for each of 1 records, got 0"):
+        render([record], "md", [])
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_report_is_written_as_it_is_rendered(tmp_path: Path) -> None:
+    record = cohen_like(tmp_path)
+    write_report([record], "html", tmp_path / "deep" / "report.html")
+    assert (tmp_path / "deep" / "report.html").read_text() == render([record], "html")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow (extra `tables`) is not installed")
+    write_report([record], "parquet", tmp_path / "rows.parquet")
+    assert parquet.read_table(tmp_path / "rows.parquet").num_rows == 8
+
+
+def test_plots_show_the_numbers_they_are_given() -> None:
+    radii = np.array([0.0, 0.5, 1.0])
+    curve = accuracy_curve(np.array([True, True, False]), np.array([0.6, 0.2, 0.9]), radii)
+    ax = plot_certified_accuracy({"_a $b$": curve})
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [2 / 3, 1 / 3, 0])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["_a $b$"]
+    assert "l2 radius" in ax.get_xlabel()
+    assert ax.get_ylim() == (0.0, 1.0)
+    assert plot_certified_accuracy({"again": curve}, ax) is ax
+    with pytest.raises(ValueError, match="at least one curve"):
+        plot_certified_accuracy({})
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_audit_plot_marks_every_contradiction(broken: bool) -> None:
+    found = an_audit(broken=broken)
+    ax = plot_audit(found, found.certified)
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert ("contradictions: 1" in labels) == broken
+    attacked = next(line for line in ax.lines if line.get_drawstyle() == "steps-post")
+    np.testing.assert_array_equal(attacked.get_ydata(), 1 - found.wrong)
+    crosses = [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == "X"]
+    assert crosses == ([[0.25]] if broken else [])
+
+
+# --- the published logs -----------------------------------------------------------------------------------------------
+
+
+def recount(path: Path) -> tuple[int, float, float, dict[str, float]]:
+    """Rows, abstention, ACR and certified accuracy by plain counting."""
+    lines = path.read_text().rstrip("\n").split("\n")[1:]
+    abstained, right = 0, []
+    for line in lines:
+        _, label, predict, radius, _, _ = line.split("\t")
+        abstained += predict == "-1"
+        if label == predict:
+            right.append(float(radius))
+    curve = {f"{r:g}": sum(radius >= r for radius in right) / len(lines) for r in RADII}
+    return len(lines), abstained / len(lines), math.fsum(right) / len(lines), curve
+
+
+@needs_logs
+def test_every_published_log_adds_up() -> None:
+    paths = sorted(LOGS.rglob("*.tsv"))
+    assert len(paths) == 13
+    entries = json.loads(render([read_record(path) for path in paths], "json"))
+    assert len({entry["record"] for entry in entries}) == 13
+    for path, entry in zip(paths, entries, strict=True):
+        rows, abstained, acr, curve = recount(path)
+        assert (entry["rows"], entry["abstain_rate"], entry["certified_accuracy"]) == (rows, abstained, curve), path
+        assert entry["acr"] == pytest.approx(acr, abs=1e-12)
+        assert entry["sigma"] is None
+    assert 427 in [entry["rows"] for entry in entries]
+
+
+@needs_logs
+@pytest.mark.parametrize(
+    "sigma, abstained, natural, acr",
+    [("0.25", 0.086, 0.748, 0.429), ("0.50", 0.166, 0.652, 0.538), ("1.00", 0.290, 0.472, 0.542)],
+)
+def test_reference_values_of_cohens_cifar_networks(sigma: str, abstained: float, natural: float, acr: float) -> None:
+    summary = summarize(read_record(LOGS / f"cifar10/resnet110/noise_{sigma}/test/sigma_{sigma}.tsv"))
+    assert summary.abstain_rate == pytest.approx(abstained, abs=1e-12)
+    assert summary.natural_accuracy == summary.curve.accuracy[0] == pytest.approx(natural, abs=1e-12)
+    assert summary.acr == pytest.approx(acr, abs=5e-4)
+
+
+@needs_logs
+def test_both_clocks_of_the_published_logs() -> None:
+    seconds = read_record(LOGS / "cifar10/resnet110/noise_0.50/test/sigma_0.50.tsv")
+    clock = read_record(LOGS / "cifar10/resnet110/noise_0.12/test/sigma_0.12.tsv")
+    assert seconds.time[0] == 16.6
+    assert clock.time[0] == 13.736080
+    hours = read_record(LOGS / "imagenet/resnet50/noise_0.50/test/sigma_0.50.tsv")
+    assert hours.time[0] == pytest.approx(152.717239)
+
+
+@needs_logs
+@pytest.mark.parametrize(
+    "log, sigma, alpha",
+    [
+        ("cifar10/resnet110/noise_0.25/test/sigma_0.25.tsv", 0.25, 0.01),
+        ("cifar10/resnet110/noise_0.50/test/sigma_0.50.tsv", 0.5, 0.01),
+        ("cifar10/resnet110/noise_1.00/test/sigma_1.00.tsv", 1.0, 0.01),
+        ("cifar10/resnet110/noise_0.12/test/sigma_0.12.tsv", 0.12, 0.001),
+    ],
+)
+def test_the_top_radii_of_a_published_log_are_those_of_counts(log: str, sigma: float, alpha: float) -> None:
+    record = read_record(LOGS / log)
+    levels = np.unique(record.radius)[::-1]
+    n, misses = 100_000, np.arange(60)
+    failure = clopper_pearson_upper(misses, n, alpha)
+    possible = {f"{radius:.3g}" for radius in gaussian_radius(failure, failure, sigma)}
+    # near the ceiling the levels of neighbouring counts are further apart than the three digits of the log
+    assert {f"{level:.3g}" for level in levels[:6]} <= possible
+    other = clopper_pearson_upper(misses, n, {0.01: 0.001, 0.001: 0.01}[alpha])
+    assert f"{levels[0]:.3g}" not in {f"{radius:.3g}" for radius in gaussian_radius(other, other, sigma)}
