@@ -471,7 +471,8 @@ def test_activations_are_those_of_the_base(trained):
 
 
 def test_arts_mixins_are_there(trained):
-    for family in (PyTorchRandomizedSmoothing, PyTorchClassifier, BaseEstimator, LossGradientsMixin, NeuralNetworkMixin):
+    families = (PyTorchRandomizedSmoothing, PyTorchClassifier, BaseEstimator, LossGradientsMixin, NeuralNetworkMixin)
+    for family in families:
         assert isinstance(trained, family)
     assert trained.all_framework_preprocessing
     assert isinstance(trained.model, SmoothedModule)

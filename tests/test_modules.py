@@ -211,3 +211,10 @@ def test_what_looks_like_probabilities() -> None:
     assert not looks_like_probabilities(logits)
     assert not looks_like_probabilities(torch.tensor([[1.5, -0.5]]))
     assert not looks_like_probabilities(torch.tensor([[0.5, 0.5], [0.5, 0.6]]))
+
+
+def test_normalize_refuses_means_that_cannot_be_meant():
+    with pytest.raises(ValueError, match="mean must be finite"):
+        Normalize(float("nan"), 1.0)
+    with pytest.raises(ValueError, match="mean has 3 entries, but x has 1 channels"):
+        Normalize([0.1, 0.2, 0.3], [1.0, 1.0, 1.0])(torch.zeros(2, 1, 4, 4))

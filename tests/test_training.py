@@ -188,3 +188,10 @@ def test_bad_settings_are_named() -> None:
         train(network(), batches=lambda epoch: [])
     with pytest.raises(ValueError, match="batches yielded nothing"):
         train(network(), batches=shuffled(X, Y, batch_size=1000, seed=1, drop_last=True))
+
+
+def test_a_sigma_for_each_input_is_refused():
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="noise must have one sigma"):
+        fit(network, lambda _: [], noise=Gaussian([0.1, 0.2]), optimizer=optimizer, epochs=1)

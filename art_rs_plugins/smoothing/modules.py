@@ -44,9 +44,13 @@ class Normalize(nn.Module):
             )
         if not bool((torch.isfinite(self.std) & (self.std > 0)).all()):
             raise ValueError(f"std must be finite and > 0, got {std!r}")
+        if not bool(torch.isfinite(self.mean).all()):
+            raise ValueError(f"mean must be finite, got {mean!r}")
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise inputs of shape (m, c, ...)."""
+        if self.mean.ndim == 1 and self.mean.numel() not in (1, x.shape[1]):
+            raise ValueError(f"mean has {self.mean.numel()} entries, but x has {x.shape[1]} channels")
         shape = (1, -1, *[1] * (x.ndim - 2)) if self.mean.ndim < 2 else self.mean.shape
         return (x - self.mean.view(shape)) / self.std.view(shape)
 

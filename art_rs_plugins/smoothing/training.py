@@ -132,6 +132,8 @@ def fit(
         For epochs or draws below 1, no batches, or a loss that is not finite (training stops before it spoils f).
     """
     check_count(epochs, "epochs"), check_count(draws, "draws")
+    if np.ndim(noise.sigma):
+        raise ValueError("noise must have one sigma for all inputs: batches come in an order of their own")
     seed = check_seed(seed)
     device = next((p.device for p in f.parameters()), torch.device("cpu"))
     history: list[Epoch] = []

@@ -171,7 +171,8 @@ def audit(
     Notes
     -----
     *Guarantee.* ``certified.accuracy <= true robust accuracy <= attacked``, up to the failure probabilities of the
-    certificates and of the predictions under attack.
+    certificates and of the predictions under attack, and to the millionth of its budget that an attack in float32 may
+    overshoot.
     """
     runs = [outcomes] if isinstance(outcomes, AttackOutcomes) else list(outcomes)
     if not runs:

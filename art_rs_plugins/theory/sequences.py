@@ -376,7 +376,7 @@ class GatekeptTable:
     >>> table = GatekeptTable((0.5, 0.84), looks=(100, 200, 400))
     >>> progress = table.decide([[99, 199, 399], [80, 160, 320], [40, 80, 160]])
     >>> progress.passed.tolist(), progress.looks.tolist()
-    ([2, 1, 0], [1, 3, 1])
+    ([2, 1, 0], [1, 3, 2])
     """
 
     probabilities: tuple[float, ...]
@@ -573,7 +573,7 @@ def anytime_lower(count: ArrayLike, n: ArrayLike, alpha: float, a: float = 0.5, 
     Examples
     --------
     >>> float(anytime_lower(100, 100, 0.001).round(4)), float(anytime_lower(0, 100, 0.001))
-    (0.9207, 0.0)
+    (0.9225, 0.0)
     """
     check_alpha(alpha)
     _check_prior(a, b)
@@ -652,7 +652,7 @@ def plan_draws(
     Examples
     --------
     >>> plan_draws([500, 450, 200], 500, n_max=100_000).tolist()
-    [100000, 31500, 100]
+    [100000, 30000, 100]
     """
     check_alpha(alpha)
     if not 0.0 <= cost < math.inf:
