@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from art_rs_plugins.smoothing.noise import Gaussian, Key, Stage, check_seed, standard_normal
-from art_rs_plugins.smoothing.sampling import check_count
+from art_rs_plugins.smoothing.sampling import check_count, evaluating
 
 __all__ = ["Epoch", "cross_entropy", "fit", "shuffled"]
 
@@ -137,10 +137,9 @@ def fit(
     seed = check_seed(seed)
     device = next((p.device for p in f.parameters()), torch.device("cpu"))
     history: list[Epoch] = []
-    modes = {part: part.training for part in f.modules()}
-    f.train(train_mode)
     step = 0
-    try:
+    with evaluating(f):   # every part gets its own mode back
+        f.train(train_mode)
         for epoch in range(epochs):
             loss_sum = correct = torch.zeros((), device=device)
             inputs = 0
@@ -168,9 +167,6 @@ def fit(
                 scheduler.step()
             if callback is not None:
                 callback(history[-1])
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
     return history
 
 
