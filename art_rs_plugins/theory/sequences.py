@@ -328,7 +328,7 @@ class Progress:
     count : int64, shape (b,)
         Successes at the last look taken.
     crossed, futile : bool, shape (b, m)
-        Whether the count has reached the efficacy boundary of each entry, or the futility boundary before that.
+        Whether the count has ever reached the efficacy boundary of each entry, and its futility boundary.
     """
 
     passed: NDArray[np.int64]
@@ -437,15 +437,15 @@ class GatekeptTable:
         n = self.looks[look]
         draws = n - (self.looks[look - 1] if look else 0)
         if np.any((grown[active] < 0) | (grown[active] > draws)):
-            raise ValueError(f"count must grow by 0 to {draws} at look {look}; it counts the first {n} draws, no others")
+            raise ValueError(f"count must grow by 0 to {draws} at look {look}: successes in the first {n} draws")
         crossed = progress.crossed | (active[:, None] & (counts[:, None] >= self.efficacy[:, look]))
-        futile = progress.futile | (active[:, None] & ~crossed & (counts[:, None] <= self.futility[:, look]))
+        futile = progress.futile | (active[:, None] & (counts[:, None] <= self.futility[:, look]))
         passed = np.cumprod(crossed, axis=1, dtype=np.int64).sum(axis=1)
         # the gate: the first entry that has not crossed decides about all the later ones
         gate = np.append(futile, np.ones((len(futile), 1), dtype=bool), axis=1)[np.arange(len(futile)), passed]
         return Progress(
             passed=passed,
-            decided=gate | progress.decided | (look + 1 == len(self.looks)),
+            decided=gate | (look + 1 == len(self.looks)),
             looks=progress.looks + active,
             count=np.where(active, counts, progress.count).astype(np.int64),
             crossed=crossed,
