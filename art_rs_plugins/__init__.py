@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from art_rs_plugins.smoothing.certify import certify, predict
     from art_rs_plugins.smoothing.modules import Normalize, SmoothedModule
     from art_rs_plugins.smoothing.noise import Gaussian
+    from art_rs_plugins.smoothing.performance import Performance
     from art_rs_plugins.smoothing.sampling import count_votes
     from art_rs_plugins.theory.audit import AttackOutcomes, Audit, audit
     from art_rs_plugins.theory.certificates import Certificates
     from art_rs_plugins.theory.metrics import certified_accuracy
-    from art_rs_plugins.theory.rules import OneSided
+    from art_rs_plugins.theory.rules import OneSided, Planned, Sequential
 
 __version__ = "0.1.0"
 
@@ -29,7 +30,10 @@ _HOMES = {
     "Gaussian": "smoothing.noise",
     "Normalize": "smoothing.modules",
     "OneSided": "theory.rules",
+    "Performance": "smoothing.performance",
+    "Planned": "theory.rules",
     "PyTorchSmoothedClassifier": "estimators.base",
+    "Sequential": "theory.rules",
     "SmoothedModule": "smoothing.modules",
     "audit": "theory.audit",
     "certified_accuracy": "theory.metrics",
@@ -45,7 +49,10 @@ __all__ = [
     "Gaussian",
     "Normalize",
     "OneSided",
+    "Performance",
+    "Planned",
     "PyTorchSmoothedClassifier",
+    "Sequential",
     "SmoothedModule",
     "__version__",
     "audit",

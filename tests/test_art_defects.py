@@ -64,6 +64,8 @@ from art.metrics import clever_u, empirical_robustness, loss_sensitivity
 from support import X, Y, digits_network, recording, smooth
 from torch import nn
 
+from art_rs_plugins.smoothing.performance import Performance
+
 HALF = np.full((64, 1, 8, 8), 0.5, np.float32)
 LABELS = np.arange(64) % 10
 
@@ -160,10 +162,10 @@ def test_probability_outputs_are_not_softmaxed_twice():
 
 
 def test_gradients_are_taken_in_blocks():
-    recorder, estimator = recording(block=16)
+    recorder, estimator = recording(performance=Performance(block=16))
     estimator.loss_gradient(HALF[:10], LABELS[:10])
     assert max(len(seen) for seen in recorder.seen) <= 16
-    whole = smooth(recorder, scale=0.5, block=1000).loss_gradient(HALF[:10], LABELS[:10])
+    whole = smooth(recorder, scale=0.5, performance=Performance(block=1000)).loss_gradient(HALF[:10], LABELS[:10])
     assert np.allclose(estimator.loss_gradient(HALF[:10], LABELS[:10]), whole, atol=1e-6)
 
 

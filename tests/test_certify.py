@@ -123,7 +123,8 @@ def test_rules_of_ones_own_are_used() -> None:
     class Never:
         alpha = 0.25
 
-        def decide(self, selection, estimation, n):
+        def run(self, selection, n0, sample, n, sigma):
+            estimation = sample(np.arange(len(selection)), 0, n)
             decision = OneSided(self.alpha).decide(selection, estimation, n)
             verdict = TopTwo(self.alpha).decide(estimation, n)
             object.__setattr__(decision, "abstained", np.ones_like(verdict.abstained))

@@ -17,6 +17,7 @@ from support import TEST, TRAIN, X, Y, digits_network, smooth
 from torch import nn
 
 from art_rs_plugins import Certificates, OneSided, PyTorchSmoothedClassifier, SmoothedModule
+from art_rs_plugins.smoothing.performance import Performance
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +246,7 @@ def test_bad_numbers_are_named(trained, settings, error, words):
         ({"sample_size": 0}, ValueError, "sample_size must be at least 1"),
         ({"sample_size": 32.0}, TypeError, "sample_size must be an integer"),
         ({"bank_samples": 0}, ValueError, "samples must be at least 1"),
-        ({"block": 0}, ValueError, "block must be at least 1"),
+        ({"performance": 3}, TypeError, "performance must be a Performance"),
     ],
 )
 def test_bad_settings_are_named(settings, error, words):
@@ -333,7 +334,7 @@ def test_batch_norm_is_certified_in_eval_mode_even_after_training():
 
 def test_set_params_reach_what_depends_on_them(trained):
     estimator = copy.deepcopy(trained)
-    estimator.set_params(scale=0.5, alpha=0.01, sample_size=200, block=64, bank_samples=4)
+    estimator.set_params(scale=0.5, alpha=0.01, sample_size=200, performance=Performance(block=64), bank_samples=4)
     assert estimator.model.sigma == 0.5
     assert estimator.model.samples == 4
     found = estimator.certificates(X[:1], n=500, seed=0)
@@ -415,7 +416,7 @@ def test_from_classifier_wraps_what_the_user_has(trained):
 def test_gradients_are_those_of_the_smoothed_score(trained):
     x, y = X[TEST][:3], Y[TEST][:3]
     score = lambda z: trained.model.eval()(torch.from_numpy(z.astype(np.float32))).detach().double().numpy()   # noqa: E731
-    step = 1e-2
+    step = 2e-3
     probe = np.zeros_like(x)
     probe[:, 0, 3, 4] = step
     slope = (score(x + probe) - score(x - probe)) / (2 * step)

@@ -1,5 +1,7 @@
 """count_votes: n draws, one key each, votes that mean something, and networks that are refused."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from art_rs_plugins.smoothing.noise import Gaussian, Stage
 from art_rs_plugins.smoothing.sampling import (
     check_count,
     check_network,
+    chunk_size,
     count_votes,
     default_block,
     evaluating,
@@ -93,9 +96,13 @@ def test_counts_exactly_n_draws(n: int, block: int | None) -> None:
     assert votes(n=n, block=block).sum(1).tolist() == [n] * 6
     rows = []
     count_votes(Function(lambda z: rows.append(len(z)) or F(z)), X[:1], Gaussian(0.7), n, num_classes=2, block=block)
-    width = min(block or default_block((3,)), n)
+    limit = block or default_block((3,))
+    chunk = min(chunk_size(limit), n)
+    slots = limit // chunk
     assert rows[:2] == [4, 4]   # the probes
-    assert rows[2:] == [width] * -(-n // width)   # every pass has one shape, and no pass is wasted
+    # every pass has one shape, and only the last one has empty slots
+    passes = math.ceil(math.ceil(n / chunk) / slots)
+    assert rows[2:] == [slots * chunk] * passes
 
 
 def test_surplus_rows_of_the_last_pass_do_not_vote() -> None:

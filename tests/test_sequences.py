@@ -427,31 +427,33 @@ def test_ends_of_the_anytime_bound() -> None:
 
 def test_plan_spends_where_a_radius_is_to_be_won() -> None:
     pilot = np.array([500, 498, 450, 300, 250, 100, 0])
-    plan = plan_draws(pilot, 500, n_max=N)
+    plan = plan_draws(pilot, 500, n_max=N, tolerance=0.02)
     assert plan.dtype == np.int64
     assert set(plan.tolist()) <= set(LOOKS)
-    assert np.all(np.diff(plan) <= 0)
-    assert plan[0] == N
+    assert plan[0] > 50_000
     assert plan[-1] == plan[-2] == 100
-    for cheap, dear in itertools.pairwise([0.0, 1e-7, 1e-6, 1e-5, 1e-3]):
-        assert np.all(plan_draws(pilot, 500, n_max=N, cost=cheap) >= plan_draws(pilot, 500, n_max=N, cost=dear))
-    assert np.all(plan_draws(pilot[:4], 500, n_max=N, cost=0.0) == N)
-    assert np.all(plan_draws(pilot, 500, n_max=N, cost=1.0) == 100)
-    assert plan_draws(400, 500, n_max=1000).shape == ()
+    for tight, loose in itertools.pairwise([1e-6, 1e-3, 1e-2, 1e-1, 1.0]):
+        narrow, wide = (plan_draws(pilot, 500, n_max=N, tolerance=value) for value in (tight, loose))
+        assert np.all(narrow >= wide)
+    assert np.all(plan_draws(pilot[:4], 500, n_max=N, tolerance=1e-9) == N)
+    assert np.all(plan_draws(pilot, 500, n_max=N, tolerance=10.0) == 100)
+    assert plan_draws(400, 500, n_max=1000, tolerance=0.02).shape == ()
 
 
 @pytest.mark.parametrize("p", [0.55, 0.75, 0.95, 0.999])
-@pytest.mark.parametrize("cost", [1e-6, 1e-5])
-def test_plan_is_nearly_the_best_one_where_the_pilot_leaves_no_doubt(p: float, cost: float) -> None:
+@pytest.mark.parametrize("tolerance", [0.01, 0.05])
+def test_plan_is_the_least_within_tolerance_where_the_pilot_leaves_no_doubt(p: float, tolerance: float) -> None:
     sizes = schedule(20_000)
     values = []
     for n in sizes:
         counts = np.arange(n + 1)
         radius = np.maximum(norm.ppf(clopper_pearson_lower(counts, n, 1e-3)), 0.0)
-        values.append(float(binom.pmf(counts, n, p) @ radius) - cost * n)
-    plan = int(plan_draws(round(1e7 * p), 10**7, n_max=20_000, cost=cost))
-    assert max(values) - values[sizes.index(plan)] < 1e-3
-    assert max(values) - values[-1] > 0.01 or cost == 1e-6
+        values.append(float(binom.pmf(counts, n, p) @ radius))
+    plan = int(plan_draws(round(1e7 * p), 10**7, n_max=20_000, tolerance=tolerance))
+    place = sizes.index(plan)
+    assert values[-1] - values[place] < 1.2 * tolerance
+    assert values[-1] - values[place - 1] > 0.8 * tolerance
+    assert plan < 20_000
 
 
 @pytest.mark.parametrize("p", [0.45, 0.55, 0.75, 0.95, 0.999])
@@ -460,7 +462,7 @@ def test_planned_certificates_keep_their_level_with_fresh_draws_only(p: float) -
     pilot_n, alpha, n_max = 200, 0.01, 5000
     pilots = np.arange(pilot_n + 1)
     weight = binom.pmf(pilots, pilot_n, p)
-    plan = plan_draws(pilots, pilot_n, n_max=n_max, alpha=alpha, cost=3e-5)
+    plan = plan_draws(pilots, pilot_n, n_max=n_max, alpha=alpha, tolerance=0.05)
     assert len(set(plan[weight > 1e-4].tolist())) > 1 or p in (0.45, 0.999)
     fresh, reused = np.zeros(len(pilots)), np.zeros(len(pilots))
     for n in np.unique(plan):
@@ -551,12 +553,14 @@ def test_whole_table_on_published_probabilities() -> None:
 
 @needs_logs
 @pytest.mark.slow
-@pytest.mark.parametrize(("sigma", "cost", "speed"), [("0.25", 1e-6, 2.3), ("0.50", 7e-7, 3.0), ("1.00", 4e-7, 3.5)])
-def test_plan_on_published_probabilities(sigma: str, cost: float, speed: float) -> None:
+@pytest.mark.parametrize(
+    ("sigma", "tolerance", "speed"), [("0.25", 0.017, 1.9), ("0.50", 0.015, 2.4), ("1.00", 0.011, 3.0)]
+)
+def test_plan_on_published_probabilities(sigma: str, tolerance: float, speed: float) -> None:
     p, correct = published(sigma)
     rng, replicates = np.random.default_rng(2), 40
     p, correct = np.repeat(p, replicates), np.repeat(correct, replicates)
-    plan = plan_draws(rng.binomial(500, p), 500, n_max=N, cost=cost)
+    plan = plan_draws(rng.binomial(500, p), 500, n_max=N, tolerance=tolerance)
 
     def radius(n: NDArray[np.int64]) -> float:
         return float(np.mean(correct * np.maximum(norm.ppf(clopper_pearson_lower(rng.binomial(n, p), n, 1e-3)), 0.0)))
@@ -604,7 +608,7 @@ def test_probabilities_outside_are_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="alpha"):
         anytime_lower(1, 2, bad)
     with pytest.raises(ValueError, match="alpha"):
-        plan_draws(1, 2, n_max=1000, alpha=bad)
+        plan_draws(1, 2, n_max=1000, tolerance=0.01, alpha=bad)
     with pytest.raises(ValueError, match=r"p0|increasing"):
         GatekeptTable((0.5, bad), (100,))
 
@@ -643,7 +647,7 @@ def test_tables_are_checked() -> None:
         table.advance(table.start(2), [1])
 
 
-def test_counts_priors_and_costs_are_checked() -> None:
+def test_counts_priors_and_tolerances_are_checked() -> None:
     with pytest.raises(TypeError, match="count"):
         anytime_lower(1.0, 2, 0.01)
     with pytest.raises(ValueError, match="count"):
@@ -653,8 +657,8 @@ def test_counts_priors_and_costs_are_checked() -> None:
             anytime_lower(1, 2, 0.01, a, b)
         with pytest.raises(ValueError, match="prior"):
             log_e_value(0.5, 1, 2, a, b)
-    for cost in (-1e-9, math.inf, math.nan):
-        with pytest.raises(ValueError, match="cost"):
-            plan_draws(1, 2, n_max=1000, cost=cost)
+    for tolerance in (-1e-9, 0.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="tolerance must be finite and > 0"):
+            plan_draws(1, 2, n_max=1000, tolerance=tolerance)
     with pytest.raises(ValueError, match="count"):
-        plan_draws([501], 500, n_max=1000)
+        plan_draws([501], 500, n_max=1000, tolerance=0.01)

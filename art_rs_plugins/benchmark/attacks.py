@@ -97,7 +97,7 @@ def _deepfool(estimator: PyTorchSmoothedClassifier, _budget: float, steps: int, 
 
 
 def _smoothed_pgd(estimator: PyTorchSmoothedClassifier, budget: float, steps: int, seed: int) -> Craft:
-    attack = SmoothedPGD(steps=steps, samples=estimator.bank_samples, block=estimator.block)
+    attack = SmoothedPGD(steps=steps, samples=estimator.bank_samples, block=estimator.performance.block)
     limits = None
     if estimator.clip_values is not None:
         limits = [torch.as_tensor(limit, device=estimator.device) for limit in estimator.clip_values]

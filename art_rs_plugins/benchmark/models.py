@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import inspect
@@ -15,6 +16,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from art_rs_plugins.benchmark.records import write_atomic
 from art_rs_plugins.smoothing.modules import Normalize
@@ -117,6 +119,18 @@ class ResNet(nn.Module):
         out = self.layer3(self.layer2(self.layer1(out)))
         logits: Tensor = self.linear(out.mean(dim=(2, 3)))
         return logits
+
+
+    def folded(self) -> ResNet:
+        """Return a copy for evaluation whose batch normalisation is folded into the convolutions before it."""
+        twin = copy.deepcopy(self).eval()
+        for module in twin.modules():
+            for number in ("1", "2"):
+                conv, norm = getattr(module, f"conv{number}", None), getattr(module, f"bn{number}", None)
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    setattr(module, f"conv{number}", fuse_conv_bn_eval(conv, norm))
+                    setattr(module, f"bn{number}", nn.Identity())
+        return twin
 
 
 def build(spec: str, input_shape: tuple[int, ...], num_classes: int, seed: int) -> nn.Module:

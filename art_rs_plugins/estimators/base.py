@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,20 +19,31 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from art_rs_plugins.estimators.inputs import as_inputs, as_one_hot, as_sigma, check_finite, check_range
+from art_rs_plugins.estimators.inputs import (
+    as_inputs,
+    as_one_hot,
+    as_performance,
+    as_sigma,
+    check_finite,
+    check_range,
+)
 from art_rs_plugins.estimators.preprocessing import is_augmentation, make_transform
 from art_rs_plugins.smoothing.certify import Predictions, certify, predict
-from art_rs_plugins.smoothing.modules import SmoothedModule, looks_like_probabilities
+from art_rs_plugins.smoothing.modules import BaseClassifier, SmoothedModule, looks_like_probabilities
 from art_rs_plugins.smoothing.noise import Gaussian, check_seed, derive_seed
+from art_rs_plugins.smoothing.performance import Performance, Voter
 from art_rs_plugins.smoothing.sampling import check_count, check_indices, evaluating
 from art_rs_plugins.smoothing.training import Epoch, Scheduler, fit, shuffled
 from art_rs_plugins.theory.bounds import check_alpha
 from art_rs_plugins.theory.certificates import Certificates
-from art_rs_plugins.theory.rules import OneSided, Rule
+from art_rs_plugins.theory.rules import OneSided, Planned, Rule, Sequential
 
 __all__ = ["PyTorchSmoothedClassifier"]
 
 Array = NDArray[Any]
+
+N, N_MAX, PILOT = 10_000, 100_000, 500
+"""Estimation draws by default; the most that a sequential or planned certificate takes; the least of a pilot."""
 
 
 class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
@@ -74,8 +85,8 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         Draws in the fixed bank behind ``model.eval()``, gradients and `attack_view`.
     seed : int
         Seed of the bank and of training. Certificates and predictions take one for each call.
-    block : int, optional
-        Rows of one forward pass; a suitable number for the input shape by default.
+    performance : Performance, optional
+        How the network votes: dtype, layout, compilation, rows of a forward pass. float32 as it is by default.
 
     Raises
     ------
@@ -108,7 +119,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         ),
         "bank_samples",
         "seed",
-        "block",
+        "performance",
     ]
 
     def __init__(
@@ -130,14 +141,15 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         *,
         bank_samples: int = 32,
         seed: int = 0,
-        block: int | None = None,
+        performance: Performance | None = None,
     ) -> None:
         base = model.base if isinstance(model, SmoothedModule) else model
         if not isinstance(base, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         sigma = as_sigma(scale)
+        self._performance = as_performance(performance)
         super().__init__(
-            model=SmoothedModule(base, sigma, samples=bank_samples, seed=seed, block=block),
+            model=SmoothedModule(base, sigma, samples=bank_samples, seed=seed, block=self._performance.block),
             loss=loss,
             input_shape=tuple(input_shape),
             nb_classes=nb_classes,
@@ -155,6 +167,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         self.preprocessing_defences = self._set_preprocessing_defences(preprocessing_defences)
         self.postprocessing_defences = self._set_postprocessing_defences(postprocessing_defences)
         self.history_: list[Epoch] = []
+        self._ready: tuple[Any, Voter] | None = None
         self._update_preprocessing_operations()
         self._check_params()
 
@@ -230,13 +243,14 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         self.model.seed = check_seed(value)
 
     @property
-    def block(self) -> int | None:
-        """Rows of one forward pass, or None for a number that suits the input shape."""
-        return None if self.model.block is None else int(self.model.block)
+    def performance(self) -> Performance:
+        """How the network votes."""
+        return self._performance
 
-    @block.setter
-    def block(self, value: int | None) -> None:
-        self.model.block = None if value is None else check_count(value, "block")
+    @performance.setter
+    def performance(self, value: Performance) -> None:
+        self._performance = as_performance(value)
+        self.model.block = self._performance.block
 
     def _update_preprocessing_operations(self) -> None:
         """Move ART's preprocessing into the base classifier; none is left for ART to apply before the noise."""
@@ -263,6 +277,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         cuda = self.device_type != "cpu" and torch.cuda.is_available()
         self._device = torch.device(f"cuda:{torch.cuda.current_device()}" if cuda else "cpu")
         self._model.to(self._device)
+        self.performance.check_device(self._device)
         self._check_outputs()
 
     def _check_outputs(self) -> None:
@@ -281,11 +296,24 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
 
     # ------------------------------------------------------------------ certificates and predictions
 
+    def _voter(self) -> nn.Module:
+        """The base classifier as it votes, made anew when weights, transform or `performance` have changed."""
+        f: BaseClassifier = self.model.f
+        if self.performance in (Performance(), Performance(block=self.performance.block)):
+            return f
+        state = tuple((id(t), t._version) for t in (*f.parameters(), *f.buffers()))
+        key = (self.performance, id(f.network), id(f.transform), state)
+        if self._ready is None or self._ready[0] != key:
+            self._ready = (key, Voter(f, self.performance))
+        return self._ready[1]
+
     def certificates(
         self,
         x: ArrayLike | Tensor,
         *,
-        n: int = 10_000,
+        n: int | None = None,
+        radii: Sequence[float] | None = None,
+        tolerance: float | None = None,
         n0: int | None = None,
         rule: Rule | None = None,
         indices: ArrayLike | None = None,
@@ -298,12 +326,17 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         ----------
         x : array_like or Tensor, shape (b, *input_shape)
             Raw inputs, within clip_values; cast to float32.
-        n : int
-            Estimation draws for each input.
+        n : int, optional
+            Estimation draws for each input; 10,000 by default. With radii or a tolerance the most that an input may
+            take, 100,000 by default.
+        radii : sequence of float, optional
+            Certify the largest of these that holds, and stop as soon as that is clear; see `Sequential`.
+        tolerance : float, optional
+            Certify the whole radius, with as few draws as an expected loss of this much allows; see `Planned`.
         n0 : int, optional
-            Selection draws; `sample_size` by default.
+            Selection draws; `sample_size` by default, and at least 500 with a tolerance, whose pilot they are.
         rule : Rule, optional
-            From votes to a decision; ``OneSided(alpha)`` by default.
+            From votes to a decision; ``OneSided(alpha)``, or what radii or tolerance ask for, by default.
         indices : array_like of int, shape (b,), optional
             Index of each input in its data set, which names its noise; its position in x by default.
         seed : int, optional
@@ -332,6 +365,14 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         """
         inputs = self._inputs(x, strict=True)
         keys, size, seed = check_indices(indices, len(inputs)), check_count(batch_size, "batch_size"), check_seed(seed)
+        if sum(choice is not None for choice in (radii, tolerance, rule)) > 1:
+            raise ValueError("radii, tolerance and rule each say how to decide; give one of them")
+        if radii is not None:
+            rule = Sequential(tuple(np.atleast_1d(np.asarray(radii, dtype=np.float64)).tolist()), self.alpha)
+        elif tolerance is not None:
+            rule, n0 = Planned(tolerance, self.alpha), max(self.sample_size, PILOT) if n0 is None else n0
+        if n is None:
+            n = N_MAX if radii is not None or tolerance is not None else N
         if rule is None and 0.5 ** check_count(n, "n") > self.alpha:
             warnings.warn(
                 f"n={n} draws can never certify at alpha={self.alpha}: every input will abstain; use a larger n",
@@ -339,11 +380,12 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
             )
         parts = []
         with evaluating(self.model):
+            f = self._voter()
             for start in range(0, len(inputs), size):
                 rows = slice(start, start + size)
                 parts.append(
                     certify(
-                        self.model.f,
+                        f,
                         inputs[rows].to(self.device),
                         Gaussian(self.scale),
                         num_classes=self.nb_classes,
@@ -352,12 +394,20 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
                         rule=OneSided(self.alpha) if rule is None else rule,
                         seed=seed,
                         indices=keys[rows],
-                        block=self.block,
+                        block=self.performance.block,
                     )
                 )
         return Certificates.concatenate(parts)
 
-    def certify(self, x: ArrayLike | Tensor, n: int, batch_size: int = 32) -> tuple[Array, Array]:
+    def certify(
+        self,
+        x: ArrayLike | Tensor,
+        n: int | None = None,
+        batch_size: int = 32,
+        *,
+        radii: Sequence[float] | None = None,
+        tolerance: float | None = None,
+    ) -> tuple[Array, Array]:
         """Certify b inputs, in ART's form.
 
         Parameters
@@ -368,6 +418,8 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
             Estimation draws; `sample_size` further draws name the class.
         batch_size : int
             Inputs on the device at a time; changes no bit of the result.
+        radii, tolerance
+            As in `certificates`.
 
         Returns
         -------
@@ -385,7 +437,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         -----
         *Guarantee.* That of `certificates`, at ``alpha``, with entropy from the system.
         """
-        found = self.certificates(x, n=n, batch_size=batch_size)
+        found = self.certificates(x, n=n, radii=radii, tolerance=tolerance, batch_size=batch_size)
         return np.where(found.abstained, -1, found.prediction), found.radius.copy()
 
     def predictions(
@@ -433,11 +485,12 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         keys, size, seed = check_indices(indices, len(inputs)), check_count(batch_size, "batch_size"), check_seed(seed)
         parts = []
         with evaluating(self.model):
+            f = self._voter()
             for start in tqdm(range(0, len(inputs), size), desc="Randomized smoothing", disable=not verbose):
                 rows = slice(start, start + size)
                 parts.append(
                     predict(
-                        self.model.f,
+                        f,
                         inputs[rows].to(self.device),
                         Gaussian(self.scale),
                         num_classes=self.nb_classes,
@@ -445,7 +498,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
                         alpha=self.alpha if alpha is None else alpha,
                         seed=seed,
                         indices=keys[rows],
-                        block=self.block,
+                        block=self.performance.block,
                     )
                 )
         return Predictions.concatenate(parts)
@@ -514,7 +567,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
             samples=self.bank_samples if samples is None else samples,
             seed=seed,
             probabilities=self.model.probabilities,
-            block=self.block,
+            block=self.performance.block,
         )
         return PyTorchClassifier(
             model=module.eval(),
@@ -828,7 +881,8 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
 
     def __getstate__(self) -> dict[str, Any]:
         # ART writes files into its data folder on every pickle and deepcopy; this one is whole in itself
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_model_wrapper", "_device")}
+        left = ("_model_wrapper", "_device", "_ready")
+        state = {name: value for name, value in self.__dict__.items() if name not in left}
         state["_model"] = self.model
         return state
 
@@ -836,6 +890,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         module = state.pop("_model")
         self.__dict__.update(state)
         self._model = self._make_model_wrapper(module)
+        self._ready = None
         self._check_params()
 
     # ------------------------------------------------------------------ what comes in

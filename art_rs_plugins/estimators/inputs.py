@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from art_rs_plugins.smoothing.performance import Performance
 from art_rs_plugins.theory.radii import check_sigma
 
-__all__ = ["as_inputs", "as_one_hot", "as_sigma", "check_finite", "check_range"]
+__all__ = ["as_inputs", "as_one_hot", "as_performance", "as_sigma", "check_finite", "check_range"]
 
 RANGE_SLACK = 1e-6
 
@@ -98,3 +99,12 @@ def as_sigma(value: Any) -> float:
     if sigma.ndim:
         raise ValueError(f"scale must be one number, got shape {sigma.shape}")
     return float(sigma)
+
+
+def as_performance(value: Any) -> Performance:
+    """A `Performance`, the default one for None; ``TypeError`` for anything else."""
+    if value is None:
+        return Performance()
+    if not isinstance(value, Performance):
+        raise TypeError(f"performance must be a Performance, got {type(value).__name__}")
+    return value

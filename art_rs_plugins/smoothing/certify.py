@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from art_rs_plugins.smoothing.noise import Gaussian, Stage, check_seed
-from art_rs_plugins.smoothing.sampling import Classifier, check_count, check_indices, count_votes
+from art_rs_plugins.smoothing.noise import Noise, Stage, check_seed
+from art_rs_plugins.smoothing.sampling import Classifier, check_count, check_indices, count_votes, make_sampler
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.rules import OneSided, Rule, TopTwo
 
@@ -52,7 +52,7 @@ class Predictions:
 def certify(
     f: Classifier,
     x: Tensor,
-    noise: Gaussian,
+    noise: Noise,
     *,
     num_classes: int,
     n: int,
@@ -70,14 +70,15 @@ def certify(
         Base classifier in eval mode; (m, ...) to logits (m, k).
     x : Tensor, shape (b, ...), floating point
         Inputs, in the space where the radius is to hold.
-    noise : Gaussian
+    noise : Noise
         One sigma, or one for each input. A sigma that was chosen for the input makes the certificate conditional.
     num_classes : int
         Number of classes k.
     n, n0 : int
-        Estimation draws, and selection draws that name the class; they share none.
+        Estimation draws at most, and selection draws that name the class; they share none.
     rule : Rule
-        From votes to a decision; ``OneSided(alpha=0.001)`` by default.
+        From votes to a decision: ``OneSided(alpha=0.001)`` by default, which takes all n draws; ``Sequential(radii)``
+        for named radii, or ``Planned(tolerance)``, which take far fewer.
     seed : int, optional
         Seed in [0, 2**63); None draws fresh entropy. Recorded either way. Fix it after the inputs, not before.
     indices : array_like of int, shape (b,), optional
@@ -105,29 +106,33 @@ def certify(
     rule = OneSided() if rule is None else rule
     n, n0, seed = check_count(n, "n"), check_count(n0, "n0"), check_seed(seed)
     keys = check_indices(indices, len(x))
-    tables = []
-    for stage, draws in ((Stage.SELECTION, n0), (Stage.ESTIMATION, n)):
-        votes = count_votes(
-            f, x, noise, draws, num_classes=num_classes, seed=seed, indices=keys, stage=stage, block=block
-        )
-        tables.append(votes.cpu().numpy())
-    decision = rule.decide(tables[0], tables[1], n)
-    radius = np.where(decision.abstained, 0.0, noise.radius(decision.failure, decision.p_upper))
-    size = len(keys)
+    settings: dict[str, Any] = {"num_classes": num_classes, "seed": seed, "indices": keys, "block": block}
+    selection = count_votes(f, x, noise, n0, stage=Stage.SELECTION, **settings).cpu().numpy()
+    sampler = make_sampler(f, x, noise, n, stage=Stage.ESTIMATION, **settings)
+
+    def sample(rows: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
+        return np.asarray(sampler.count(rows, start, stop).cpu().numpy(), dtype=np.int64)
+
+    level = noise.level(rule.alpha, n, x[0].numel())
+    bounded = rule if level == rule.alpha else replace(rule, alpha=level)   # type: ignore[type-var]
+    size, sigma = len(keys), noise.for_inputs(len(keys))
+    decision = bounded.run(selection, n0, sample, n, sigma)
+    radius = noise.radius(decision.failure, decision.p_upper) if decision.radius is None else decision.radius
     return Certificates(
         prediction=decision.prediction,
-        radius=radius,
+        radius=np.where(decision.abstained, 0.0, radius),
         abstained=decision.abstained,
         p_lower=decision.p_lower,
         p_upper=decision.p_upper,
         count=decision.count,
         runner_up_count=decision.runner_up_count,
-        n=np.full(size, n),
+        n=decision.n,
         n0=np.full(size, n0),
-        sigma=noise.for_inputs(size),
+        sigma=sigma,
         alpha=np.full(size, rule.alpha),
         index=keys,
         seed=np.full(size, seed),
+        kind=noise.kind,
         norm=noise.norm,
     )
 
@@ -135,7 +140,7 @@ def certify(
 def predict(
     f: Classifier,
     x: Tensor,
-    noise: Gaussian,
+    noise: Noise,
     *,
     num_classes: int,
     n: int,

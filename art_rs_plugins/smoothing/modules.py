@@ -128,7 +128,7 @@ class SmoothedModule(nn.Module):
         self.samples = check_count(samples, "samples")
         self.seed = check_seed(seed)
         self.probabilities = probabilities
-        self.block = block
+        self.block = None if block is None else check_count(block, "block")
         self.steps = 0
 
     @property

@@ -7,17 +7,31 @@ is split, ordered or resumed, and a repeated chunk is the same experiment rather
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from art_rs_plugins.theory.certificates import Kind
 from art_rs_plugins.theory.radii import check_sigma, gaussian_probability, gaussian_radius
 
-__all__ = ["Gaussian", "Key", "Stage", "check_seed", "derive_seed", "fresh_seed", "standard_normal"]
+__all__ = [
+    "Gaussian",
+    "Key",
+    "Noise",
+    "Stage",
+    "check_seed",
+    "derive_seed",
+    "fresh_seed",
+    "is_channels_last",
+    "standard_normal",
+    "standard_normals",
+]
 
 MAX_SEED = 2**63 - 1
 
@@ -72,16 +86,25 @@ def _hash(*words: int) -> int:
 
 
 def standard_normal(shape: tuple[int, ...], key: Key, device: torch.device | str = "cpu") -> Tensor:
-    """Draw independent N(0, 1) values, born on the device.
+    """Draw independent N(0, 1) values of one key; see `standard_normals`."""
+    return standard_normals(shape, [key], device)[0]
+
+
+def standard_normals(shape: tuple[int, ...], keys: Sequence[Key], device: torch.device | str = "cpu") -> Tensor:
+    """Draw independent N(0, 1) values for each of j keys, born on the device.
 
     Parameters
     ----------
     shape : tuple of int
-        Shape of the result, float32.
-    key : Key
-        Names the draws; the same key, shape and kind of device give the same bits.
+        Shape of the values of one key, float32.
+    keys : sequence of Key, length j
+        Names of the draws; the same key, shape and kind of device give the same bits, whatever stands beside it.
     device : torch.device or str
         Where the values are born.
+
+    Returns
+    -------
+    Tensor of float32, shape (j, *shape)
 
     Notes
     -----
@@ -92,20 +115,64 @@ def standard_normal(shape: tuple[int, ...], key: Key, device: torch.device | str
     """
     device = torch.device(device)
     if device.type != "cpu":
-        generator = torch.Generator(device).manual_seed(_hash(key.seed, key.index, int(key.stage), key.chunk))
-        return torch.randn(shape, generator=generator, device=device)
+        normal = torch.empty((len(keys), *shape), device=device)
+        for row, key in zip(normal, keys, strict=True):
+            seed = _hash(key.seed, key.index, int(key.stage), key.chunk)
+            row.normal_(generator=torch.Generator(device).manual_seed(seed))
+        return normal
     size = math.prod(shape)
     half = (size + 1) // 2
-    counter = [0, key.chunk, key.index, int(key.stage)]   # the first word is Philox's own and would take 2**64 draws
-    philox = np.random.Philox(key=np.array([key.seed, 0], np.uint64), counter=np.array(counter, np.uint64))
-    bits = torch.from_numpy(philox.random_raw(half).view(np.int32)).bitwise_and_(0x7FFFFFFF)
-    uniform = bits.to(torch.float32).add_(0.5).mul_(2.0**-31)   # in (0, 1]
-    radius = uniform[:half].log_().mul_(-2.0).sqrt_()
-    angle = uniform[half:].mul_(2.0 * math.pi)
-    normal = torch.empty(2 * half)
-    torch.mul(radius, angle.cos(), out=normal[:half])
-    torch.mul(radius, angle.sin_(), out=normal[half:])
-    return normal[:size].view(shape)
+    bits = torch.empty((2, len(keys), half), dtype=torch.int32)
+    for row, key in enumerate(keys):
+        counter = [0, key.chunk, key.index, int(key.stage)]   # the first word is Philox's own
+        philox = np.random.Philox(key=np.array([key.seed, 0], np.uint64), counter=np.array(counter, np.uint64))
+        bits[:, row] = torch.from_numpy(philox.random_raw(half).view(np.int32)).view(2, half)
+    uniform = bits.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)   # in (0, 1]
+    radius = uniform[0].log_().mul_(-2.0).sqrt_()
+    angle = uniform[1].mul_(2.0 * math.pi)
+    normal = torch.empty((len(keys), 2 * half))
+    torch.mul(radius, angle.cos(), out=normal[:, :half])
+    torch.mul(radius, angle.sin_(), out=normal[:, half:])
+    return normal[:, :size].reshape(len(keys), *shape)
+
+
+class Noise(Protocol):
+    """A noise family: how it perturbs inputs, what its certificates are called, and what they are worth."""
+
+    @property
+    def norm(self) -> float:
+        """Order of the norm in which radii hold."""
+        ...
+
+    @property
+    def kind(self) -> Kind:
+        """What certificates under this noise are called."""
+        ...
+
+    def for_inputs(self, b: int) -> NDArray[np.float64]:
+        """Sigma of each of b inputs, shape (b,)."""
+        ...
+
+    def check(self, x: Tensor) -> None:
+        """Raise ``ValueError`` for inputs that certificates under this noise could not speak of."""
+        ...
+
+    def level(self, alpha: float, n: int, size: int) -> float:
+        """What is left of alpha for the bounds of n draws of `size` numbers."""
+        ...
+
+    def draw(self, x: Tensor, sigma: NDArray[np.float64], rows: int, keys: Sequence[Key]) -> Tensor:
+        """Noisy copies (j * rows, ...) of j inputs (j, ...), `rows` of each, in this order."""
+        ...
+
+    def radius(self, failure: ArrayLike, p_upper: ArrayLike) -> NDArray[np.float64]:
+        """Radius for an upper bound of 1 - p_A and one of p_B."""
+        ...
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether images (j, c, h, w) lie in memory with their channels last, and only so."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,7 +197,8 @@ class Gaussian:
 
     sigma: float | NDArray[np.float64]
 
-    norm = 2.0
+    norm: ClassVar[float] = 2.0
+    kind: ClassVar[Kind] = "certified"
 
     def __post_init__(self) -> None:
         values = check_sigma(self.sigma)
@@ -144,6 +212,39 @@ class Gaussian:
         if values.ndim == 1 and len(values) != b:
             raise ValueError(f"sigma has length {len(values)}, but there are {b} inputs; give one, or one for each")
         return np.broadcast_to(values, (b,)).astype(np.float64)
+
+    def check(self, x: Tensor) -> None:
+        """Accept any input."""
+
+    def level(self, alpha: float, n: int, size: int) -> float:
+        """Return alpha: the certificate takes its draws for ideal ones."""
+        return alpha
+
+    def draw(self, x: Tensor, sigma: NDArray[np.float64], rows: int, keys: Sequence[Key]) -> Tensor:
+        """Noisy copies of j inputs.
+
+        Parameters
+        ----------
+        x : Tensor, shape (j, ...)
+            Inputs; a channels_last tensor gives channels_last copies.
+        sigma : ndarray of float64, shape (j,)
+            Standard deviation for each.
+        rows : int
+            Copies of each.
+        keys : sequence of Key, length j
+            Names of the draws.
+
+        Returns
+        -------
+        Tensor of float32, shape (j * rows, ...)
+            All copies of the first input, then those of the second, and so on.
+        """
+        shape, j = x.shape[1:], len(keys)
+        scale = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).view(j, *[1] * x.ndim)
+        if is_channels_last(x):
+            normal = standard_normals((rows, shape[1], shape[2], shape[0]), keys, x.device)
+            return normal.mul_(scale).add_(x.permute(0, 2, 3, 1)[:, None]).flatten(0, 1).permute(0, 3, 1, 2)
+        return standard_normals((rows, *shape), keys, x.device).mul_(scale).add_(x[:, None]).flatten(0, 1)
 
     def perturb(self, x: Tensor, normal: Tensor) -> Tensor:
         """Add noise to b inputs.

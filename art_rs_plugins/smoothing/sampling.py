@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,21 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from art_rs_plugins.smoothing.noise import Gaussian, Key, Stage, check_seed, standard_normal
+from art_rs_plugins.smoothing.noise import Key, Noise, Stage, check_seed, is_channels_last, standard_normal
 
-__all__ = ["check_count", "check_indices", "check_network", "count_votes", "default_block", "strict_votes"]
+__all__ = [
+    "CHUNK",
+    "Sampler",
+    "check_count",
+    "check_indices",
+    "check_network",
+    "chunk_size",
+    "count_votes",
+    "default_block",
+    "evaluating",
+    "make_sampler",
+    "strict_votes",
+]
 
 Classifier = Callable[[Tensor], Tensor]
 """Maps noisy inputs (m, ...) to logits (m, k), each row from its own input alone."""
@@ -42,12 +55,23 @@ def check_indices(indices: ArrayLike | None, b: int) -> NDArray[np.int64]:
     return values.astype(np.int64)
 
 
-def default_block(shape: Iterable[int]) -> int:
-    """Rows of one forward pass for inputs of this shape: about 300,000 numbers, between 16 and 500 rows.
+CHUNK = 100
+"""Draws that share a key: the step in which sequential rules may look."""
 
-    Large batches leave the cache: on CPUs a batch of 1,000 CIFAR images takes three times longer per image than 100.
+
+def chunk_size(block: int) -> int:
+    """Draws that share a key where a forward pass takes `block` rows: `CHUNK`, or a divisor of it that fits."""
+    return max(size for size in range(1, CHUNK + 1) if CHUNK % size == 0 and size <= block)
+
+
+def default_block(shape: Iterable[int], device: torch.device | str = "cpu") -> int:
+    """Rows of one forward pass for inputs of this shape.
+
+    On CPUs about 300,000 numbers, between 16 and 500 rows: larger batches leave the cache, and 1,000 CIFAR images take
+    three times longer, each, than 100. Elsewhere sixteen times as many.
     """
-    return min(500, max(16, 307_200 // math.prod(shape)))
+    rows = min(500, max(16, 307_200 // math.prod(shape)))
+    return rows if torch.device(device).type == "cpu" else 16 * rows
 
 
 def _modules(f: Classifier) -> Iterable[nn.Module]:
@@ -113,19 +137,112 @@ def strict_votes(logits: Tensor) -> tuple[Tensor, Tensor]:
     return winner, unique & torch.isfinite(logits).all(dim=1)
 
 
-def _draw(x: Tensor, rows: int, key: Key) -> Tensor:
-    """Standard normal draws of shape (rows, ...) for one input, laid out in memory as `x` is."""
-    shape = x.shape[1:]
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        c, h, w = shape
-        return standard_normal((rows, h, w, c), key, x.device).permute(0, 3, 1, 2)
-    return standard_normal((rows, *shape), key, x.device)
+@dataclass(frozen=True, slots=True, eq=False)
+class Sampler:
+    """Votes of b inputs, any range of their draws; the only hot loop of the package.
+
+    Draws come in chunks of `chunk`, each named by (seed, index, stage, chunk). A forward pass takes a fixed number of
+    chunks of any inputs, the last one padded, so that its shape never changes and no input waits for its neighbours.
+
+    Parameters
+    ----------
+    f : callable
+        Base classifier in eval mode; (m, ...) to logits (m, k).
+    x : Tensor, shape (b, ...), floating point
+        Inputs, on the device of f.
+    noise : Noise
+        One sigma, or one for each input.
+    num_classes : int
+        Number of classes k.
+    seed : int
+        Seed in [0, 2**63).
+    indices : ndarray of int64, shape (b,)
+        Index of each input, which names its noise.
+    stage : Stage
+        What the draws are for.
+    chunk, block : int
+        Draws that share a key, and rows of one forward pass at most.
+    """
+
+    f: Classifier
+    x: Tensor
+    noise: Noise
+    num_classes: int
+    seed: int
+    indices: NDArray[np.int64]
+    stage: Stage
+    chunk: int
+    block: int
+
+    def count(self, rows: NDArray[np.int64], start: int, stop: int) -> Tensor:
+        """Votes among the draws ``start, ..., stop - 1`` of some inputs.
+
+        Parameters
+        ----------
+        rows : ndarray of int64, shape (r,)
+            Positions of the inputs in x.
+        start, stop : int
+            Range of draws; `start` a multiple of `chunk`.
+
+        Returns
+        -------
+        Tensor of int64, shape (r, k)
+            On the device of x. The draws that are missing from a row's sum were invalid.
+        """
+        slots = max(1, self.block // self.chunk)
+        chunks = np.arange(start // self.chunk, -(-stop // self.chunk))
+        jobs = np.stack([np.repeat(np.arange(len(rows)), len(chunks)), np.tile(chunks, len(rows))], axis=1)
+        sigma = self.noise.for_inputs(len(self.x))
+        votes = torch.zeros(len(rows) * self.num_classes, dtype=torch.int64, device=self.x.device)
+        place = torch.arange(self.chunk, device=self.x.device)
+        with torch.no_grad():
+            for first in range(0, len(jobs), slots):
+                taken = jobs[first : first + slots]
+                work = np.concatenate([taken, np.repeat(taken[-1:], slots - len(taken), axis=0)])   # padded
+                inputs = rows[work[:, 0]]
+                keys = [
+                    Key(self.seed, index, self.stage, chunk)
+                    for index, chunk in zip(self.indices[inputs].tolist(), work[:, 1].tolist(), strict=True)
+                ]
+                picked = self.x[inputs]
+                if is_channels_last(self.x):
+                    picked = picked.contiguous(memory_format=torch.channels_last)
+                noisy = self.noise.draw(picked, sigma[inputs], self.chunk, keys)
+                winner, valid = strict_votes(self.f(noisy))
+                kept = np.clip(stop - work[:, 1] * self.chunk, 0, self.chunk)
+                kept[len(taken) :] = 0
+                limits = torch.from_numpy(np.stack([kept, work[:, 0] * self.num_classes])).to(self.x.device)
+                counted = valid & (place < limits[0, :, None]).flatten()
+                cells = winner + limits[1].repeat_interleave(self.chunk)
+                votes.scatter_add_(0, cells, counted.to(torch.int64))
+        return votes.view(len(rows), self.num_classes)
+
+
+def make_sampler(
+    f: Classifier,
+    x: Tensor,
+    noise: Noise,
+    n: int,
+    *,
+    num_classes: int,
+    seed: int,
+    indices: ArrayLike | None,
+    stage: Stage,
+    block: int | None,
+) -> Sampler:
+    """Check what goes into a `Sampler` of n draws for each input, and make it; see `count_votes` for the errors."""
+    rows = check_count(block, "block") if block is not None else default_block(x.shape[1:], x.device)
+    keys = check_indices(indices, len(x))
+    noise.for_inputs(len(x))
+    noise.check(x)
+    check_network(f, x, num_classes)
+    return Sampler(f, x, noise, num_classes, check_seed(seed), keys, stage, min(chunk_size(rows), n), rows)
 
 
 def count_votes(
     f: Classifier,
     x: Tensor,
-    noise: Gaussian,
+    noise: Noise,
     n: int,
     *,
     num_classes: int,
@@ -142,7 +259,7 @@ def count_votes(
         Base classifier in eval mode; (m, ...) to logits (m, k).
     x : Tensor, shape (b, ...), floating point
         Inputs, on the device of f. A channels_last tensor is fed in that layout.
-    noise : Gaussian
+    noise : Noise
         One sigma, or one for each input.
     n : int
         Draws for each input.
@@ -155,8 +272,8 @@ def count_votes(
     stage : Stage
         What the draws are for.
     block : int, optional
-        Rows of one forward pass; `default_block` otherwise. Every pass has exactly min(block, n) rows, all of one
-        input, the surplus of the last one being dropped. So an input's votes do not depend on its neighbours.
+        Rows of one forward pass; `default_block` otherwise. Every pass has the same number of rows, so that an input's
+        votes do not depend on its neighbours.
 
     Returns
     -------
@@ -173,19 +290,10 @@ def count_votes(
     *Guarantee.* Each row is a multinomial sample of n independent draws, for ideal Gaussian noise and real arithmetic.
     """
     n = check_count(n, "n")
-    rows = min(check_count(block, "block") if block is not None else default_block(x.shape[1:]), n)
-    keys, seed = check_indices(indices, len(x)), check_seed(seed)
-    sigma = noise.for_inputs(len(x))
-    check_network(f, x, num_classes)
-    votes = torch.zeros((len(x), num_classes), dtype=torch.int64, device=x.device)
-    with torch.no_grad():
-        for row, (index, scale) in enumerate(zip(keys.tolist(), sigma.tolist(), strict=True)):
-            for chunk in range(-(-n // rows)):
-                noisy = _draw(x, rows, Key(seed, index, stage, chunk)).mul_(scale).add_(x[row])
-                winner, valid = strict_votes(f(noisy))
-                kept = min(rows, n - chunk * rows)
-                votes[row].scatter_add_(0, winner[:kept], valid[:kept].to(torch.int64))
-    return votes
+    sampler = make_sampler(
+        f, x, noise, n, num_classes=num_classes, seed=check_seed(seed), indices=indices, stage=stage, block=block
+    )
+    return sampler.count(np.arange(len(x)), 0, n)
 
 
 def evaluating(module: nn.Module) -> Any:

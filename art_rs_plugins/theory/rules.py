@@ -6,15 +6,18 @@ or a tie) appear in no column; a rule learns of them through the number of draws
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr
 
 from art_rs_plugins.theory.bounds import check_alpha, clopper_pearson_lower, clopper_pearson_upper, top_two_p_value
+from art_rs_plugins.theory.sequences import GatekeptTable, plan_draws, schedule
 
-__all__ = ["Decision", "OneSided", "Rule", "TopTwo", "Verdict"]
+__all__ = ["Decision", "OneSided", "Planned", "Rule", "Sample", "Sequential", "TopTwo", "Verdict"]
 
 Votes = NDArray[np.int64]
 
@@ -35,6 +38,10 @@ class Decision:
         Lower bound of p_A, upper bound of every rival's probability.
     count, runner_up_count : int64
         Estimation votes of the class, and of its strongest rival with the invalid votes added.
+    n : int64
+        Estimation draws that were taken.
+    radius : float64, optional
+        Where radii were named beforehand, the largest that was established; otherwise it follows from the bounds.
     """
 
     prediction: NDArray[np.int64]
@@ -44,18 +51,41 @@ class Decision:
     p_upper: NDArray[np.float64]
     count: NDArray[np.int64]
     runner_up_count: NDArray[np.int64]
+    n: NDArray[np.int64]
+    radius: NDArray[np.float64] | None = None
+
+
+Sample = Callable[[NDArray[np.int64], int, int], Votes]
+"""Estimation votes (r, k) among the draws start, ..., stop - 1 of the inputs at some positions (r,)."""
 
 
 class Rule(Protocol):
-    """Anything that turns selection and estimation votes into a `Decision` with failure probability `alpha`."""
+    """Anything that turns votes into a `Decision` with failure probability `alpha`: a frozen dataclass.
+
+    A rule asks for the estimation draws that it wants, in order of their numbers, and learns nothing of later ones.
+    """
 
     @property
     def alpha(self) -> float:
         """Failure probability of one certificate."""
         ...
 
-    def decide(self, selection: Votes, estimation: Votes, n: int) -> Decision:
-        """Decide from independent tables; `n` is the number of estimation draws behind each row."""
+    def run(self, selection: Votes, n0: int, sample: Sample, n: int, sigma: NDArray[np.float64]) -> Decision:
+        """Decide for b inputs.
+
+        Parameters
+        ----------
+        selection : ndarray of int64, shape (b, k)
+            Votes of n0 selection draws, which share none with the estimation.
+        n0 : int
+            Selection draws behind each row, invalid ones included.
+        sample : callable
+            Estimation votes on demand.
+        n : int
+            Estimation draws of each input at most.
+        sigma : ndarray of float64, shape (b,)
+            Noise level of each input.
+        """
         ...
 
 
@@ -71,7 +101,7 @@ def check_votes(votes: Votes, n: int, name: str) -> Votes:
     return table.astype(np.int64)
 
 
-def strongest_rival(votes: Votes, prediction: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+def strongest_rival(votes: Votes, prediction: NDArray[np.int64], n: int | NDArray[np.int64]) -> NDArray[np.int64]:
     """Votes of the strongest class other than `prediction`, the invalid draws added to it. Shape (b,)."""
     others = votes.copy()
     others[np.arange(len(votes)), prediction] = -1
@@ -137,7 +167,151 @@ class OneSided:
             p_upper=failure,
             count=count,
             runner_up_count=strongest_rival(votes, guess, n),
+            n=np.full(len(votes), n, dtype=np.int64),
         )
+
+    def run(self, selection: Votes, n0: int, sample: Sample, n: int, sigma: NDArray[np.float64]) -> Decision:
+        """Decide from all n draws; see `Rule`."""
+        return self.decide(selection, sample(np.arange(len(selection)), 0, n), n)
+
+
+@dataclass(frozen=True, slots=True)
+class Sequential:
+    """Establish as many of several named radii as possible, looking at the votes on the way and stopping when clear.
+
+    Parameters
+    ----------
+    radii : sequence of float, length m
+        l2 radii in the units of the input, >= 0 and strictly increasing; one for a yes or no.
+    alpha : float
+        Failure probability of one certificate, for all its radii together.
+    beta : float
+        Probability of giving a radius up too early, at most; it costs power, never truth.
+
+    Raises
+    ------
+    ValueError
+        For radii that are negative, not finite or not increasing, and for alpha or beta outside (0, 1).
+
+    Notes
+    -----
+    *Guarantee.* With probability at least 1 - alpha, the certified radius of an input is true: an exact
+    group-sequential test of "p_A <= Phi(r / sigma)" for each r, in ascending order; see
+    `theory.sequences.GatekeptTable`. Looks are scheduled beforehand. The radius reported is one of those named.
+
+    *Source.* See `theory.sequences.group_sequential`.
+    """
+
+    radii: tuple[float, ...]
+    alpha: float = 0.001
+    beta: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_alpha(self.alpha), check_alpha(self.beta, "beta")
+        values = np.asarray(self.radii, dtype=np.float64)
+        if values.ndim != 1 or not len(values) or np.any(~np.isfinite(values) | (values < 0)):
+            raise ValueError(f"radii must be finite and >= 0, in the units of the input; got {self.radii}")
+        if np.any(np.diff(values) <= 0):
+            raise ValueError(f"radii must be strictly increasing, got {self.radii}")
+        object.__setattr__(self, "radii", tuple(values.tolist()))
+
+    def run(self, selection: Votes, n0: int, sample: Sample, n: int, sigma: NDArray[np.float64]) -> Decision:
+        """Decide with at most n draws; see `Rule`. ``ValueError`` if n is below the first look."""
+        guess = check_votes(selection, n0, "selection").argmax(axis=1).astype(np.int64)
+        passed, taken = np.zeros(len(guess), dtype=np.int64), np.zeros(len(guess), dtype=np.int64)
+        votes = np.zeros_like(selection)
+        for level in np.unique(sigma):
+            group = np.flatnonzero(sigma == level)
+            found = self._descend(group, guess[group], votes.shape[1], sample, n, float(level))
+            passed[group], taken[group], votes[group] = found
+        radius = np.array([0.0, *self.radii])[passed]
+        failure = np.where(passed > 0, ndtr(-radius / sigma), 1.0)
+        return Decision(
+            prediction=guess,
+            abstained=passed == 0,
+            failure=failure,
+            p_lower=np.where(passed > 0, ndtr(radius / sigma), 0.0),
+            p_upper=failure,
+            count=votes[np.arange(len(guess)), guess],
+            runner_up_count=strongest_rival(votes, guess, taken),
+            n=taken,
+            radius=radius,
+        )
+
+    def _descend(
+        self, rows: NDArray[np.int64], guess: NDArray[np.int64], classes: int, sample: Sample, n: int, sigma: float
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], Votes]:
+        """Radii passed (r,), draws taken (r,) and votes (r, k) of inputs that share a sigma."""
+        # tested a hair above Phi(r / sigma), so that rounding cannot turn "p > p0" into less than the radius
+        probabilities = tuple(float(p) for p in np.minimum(ndtr(np.array(self.radii) / sigma) * (1.0 + 1e-12), 1.0))
+        reachable = tuple(p for p in probabilities if p < 1.0)
+        votes = np.zeros((len(rows), classes), dtype=np.int64)
+        if not reachable:
+            return np.zeros_like(rows), np.zeros_like(rows), votes
+        table = GatekeptTable(reachable, schedule(n), self.alpha, self.beta)
+        progress, before = table.start(len(rows)), 0
+        for look in table.looks:
+            active = np.flatnonzero(~progress.decided)
+            if not len(active):
+                break
+            votes[active] += sample(rows[active], before, look)
+            progress, before = table.advance(progress, votes[np.arange(len(rows)), guess]), look
+        return progress.passed, np.array([0, *table.looks])[progress.looks], votes
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The whole radius, to a tolerance: the selection draws are a pilot that plans how many fresh draws to take.
+
+    Parameters
+    ----------
+    tolerance : float
+        Expected loss of radius against taking all n draws, > 0, in the units of the input.
+    alpha : float
+        Failure probability of one certificate.
+
+    Raises
+    ------
+    ValueError
+        For a tolerance that is not finite and > 0, or alpha outside (0, 1).
+
+    Notes
+    -----
+    *Guarantee.* That of `OneSided`: given the pilot, the number of draws is a constant, and the draws are fresh. The
+    tolerance is an expectation and no part of the guarantee.
+
+    *Source.* See `theory.sequences.plan_draws`.
+    """
+
+    tolerance: float
+    alpha: float = 0.001
+
+    def __post_init__(self) -> None:
+        check_alpha(self.alpha)
+        if not 0.0 < self.tolerance < np.inf:
+            raise ValueError(f"tolerance must be finite and > 0, in the units of the input, got {self.tolerance}")
+
+    def run(self, selection: Votes, n0: int, sample: Sample, n: int, sigma: NDArray[np.float64]) -> Decision:
+        """Decide with at most n draws; see `Rule`. ``ValueError`` if n is below the first look."""
+        pilot = check_votes(selection, n0, "selection").max(axis=1)
+        sizes = np.zeros(len(pilot), dtype=np.int64)
+        for level in np.unique(sigma):
+            group = sigma == level
+            sizes[group] = plan_draws(
+                pilot[group], n0, n_max=n, tolerance=self.tolerance / float(level), alpha=self.alpha
+            )
+        parts, places = [], []
+        for size in np.unique(sizes):
+            rows = np.flatnonzero(sizes == size)
+            parts.append(OneSided(self.alpha).decide(selection[rows], sample(rows, 0, int(size)), int(size)))
+            places.append(rows)
+        order = np.argsort(np.concatenate(places))
+        joined: dict[str, Any] = {
+            field.name: np.concatenate([getattr(part, field.name) for part in parts])[order]
+            for field in fields(Decision)
+            if field.name != "radius"
+        }
+        return Decision(**joined)
 
 
 @dataclass(frozen=True, slots=True)

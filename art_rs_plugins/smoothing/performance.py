@@ -1,0 +1,122 @@
+"""What makes voting faster without touching what is guaranteed, except that f *is* the network as it then computes."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from art_rs_plugins.smoothing.modules import BaseClassifier
+from art_rs_plugins.smoothing.sampling import CHUNK, check_count, default_block
+
+__all__ = ["Performance", "Voter", "measure_block"]
+
+_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Performance:
+    """How the network votes. A certificate holds for the network at this dtype and layout; `predict` uses the same.
+
+    Parameters
+    ----------
+    dtype : str
+        ``"float32"``, or ``"bfloat16"`` or ``"float16"`` under autocast. Noise is float32 always, and cast last.
+    channels_last : bool
+        Memory layout of images; most CPUs and GPUs convolve faster with it.
+    compile : bool
+        Compile the network with ``torch.compile``. The first votes wait for it.
+    block : int, optional
+        Rows of one forward pass, rounded down to whole chunks of draws; a number that suits the input shape by default.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For an unknown dtype, or a block that is not a positive integer.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        if self.block is not None:
+            check_count(self.block, "block")
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise ``ValueError`` if the device does not compute with this dtype."""
+        if self.dtype == "float16" and device.type == "cpu":
+            raise ValueError("dtype float16 needs a GPU; take bfloat16 or float32 on a CPU")
+        if self.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise ValueError("dtype bfloat16 is not supported by this GPU; take float16 or float32")
+
+
+class Voter(nn.Module):
+    """A base classifier ready to vote: a frozen copy, folded if its network knows how, in the layout and dtype asked.
+
+    Parameters
+    ----------
+    f : BaseClassifier
+        Base classifier; copied, so that later training does not reach this one.
+    performance : Performance
+        How to compute.
+    """
+
+    def __init__(self, f: BaseClassifier, performance: Performance) -> None:
+        super().__init__()
+        network = copy.deepcopy(f.network).eval()
+        folded = getattr(network, "folded", None)
+        network = folded() if callable(folded) else network
+        ready = BaseClassifier(network, copy.deepcopy(f.transform)).requires_grad_(False).eval()
+        if performance.channels_last:
+            ready = ready.to(memory_format=torch.channels_last)   # type: ignore[call-overload]
+        self.dtype = _DTYPES[performance.dtype]
+        self.channels_last = performance.channels_last
+        self.f = torch.compile(ready, dynamic=False) if performance.compile else ready
+        self.eval()
+
+    def forward(self, noisy: Tensor) -> Tensor:
+        """Logits (m, k) of noisy inputs (m, ...), float32."""
+        if self.channels_last and noisy.ndim == 4:
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+        if self.dtype is None:
+            logits: Tensor = self.f(noisy)
+            return logits
+        with torch.autocast(noisy.device.type, dtype=self.dtype):
+            logits = self.f(noisy)
+        return logits.float()
+
+
+def measure_block(f: nn.Module, shape: tuple[int, ...], device: torch.device) -> int:
+    """Number of rows that the device passes through f fastest, per row, among a few; it changes no vote.
+
+    Parameters
+    ----------
+    f : Module
+        Base classifier in eval mode, on the device.
+    shape : tuple of int
+        Shape of one input.
+    device : torch.device
+        Where to measure.
+    """
+    limit = default_block(shape, device)
+    candidates = sorted({max(CHUNK, limit // 4 // CHUNK * CHUNK), max(CHUNK, limit // CHUNK * CHUNK), 2 * limit})
+    best, fastest = limit, float("inf")
+    with torch.no_grad():
+        for rows in candidates:
+            batch = torch.zeros((rows, *shape), device=device)
+            seconds = []
+            for _ in range(4):
+                begun = time.perf_counter()
+                f(batch).sum().item()   # waits for the device
+                seconds.append((time.perf_counter() - begun) / rows)
+            if min(seconds[1:]) < 0.97 * fastest:   # the first pass warms up
+                best, fastest = rows, min(seconds[1:])
+    return best
