@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
     from art_rs_plugins.smoothing.certify import certify, predict
+    from art_rs_plugins.smoothing.grid import GridGaussian
     from art_rs_plugins.smoothing.modules import Normalize, SmoothedModule
     from art_rs_plugins.smoothing.noise import Gaussian
     from art_rs_plugins.smoothing.performance import Performance
@@ -28,6 +29,7 @@ _HOMES = {
     "Audit": "theory.audit",
     "Certificates": "theory.certificates",
     "Gaussian": "smoothing.noise",
+    "GridGaussian": "smoothing.grid",
     "Normalize": "smoothing.modules",
     "OneSided": "theory.rules",
     "Performance": "smoothing.performance",
@@ -47,6 +49,7 @@ __all__ = [
     "Audit",
     "Certificates",
     "Gaussian",
+    "GridGaussian",
     "Normalize",
     "OneSided",
     "Performance",

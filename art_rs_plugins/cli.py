@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -70,20 +70,42 @@ def certify(
     model: Model = "cnn",
     weights: Annotated[str | None, typer.Option(help="safetensors, or a PyTorch state dict.")] = None,
     sigma: Sigma = 0.25,
-    n: Annotated[int, typer.Option(help="Estimation draws for each input.")] = 10_000,
-    n0: Annotated[int, typer.Option(help="Selection draws for each input.")] = 100,
+    n: Annotated[int, typer.Option(help="Estimation draws; the most, with --radius or --tolerance.")] = 10_000,
+    radius: Annotated[list[float] | None, typer.Option(help="Named radius; repeat. Stops once it is clear.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Expected loss of radius; takes as few draws.")] = None,
+    n0: Annotated[int | None, typer.Option(help="Selection draws: 100, or 500 with --tolerance.")] = None,
     alpha: Annotated[float, typer.Option(help="Failure probability of one certificate.")] = 0.001,
     examples: Annotated[str, typer.Option(help="start:stop:step of the test split.")] = "::1",
     seed: Seed = 0,
     device: Device = "gpu",
-    block: Annotated[int | None, typer.Option(help="Rows of one forward pass.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; certified at it.")] = "float32",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory layout of images.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
+    block: Annotated[int | None, typer.Option(help="Rows of one forward pass; measured by default.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Certify test examples of a data set, and record them."""
     from art_rs_plugins.benchmark import runs
     from art_rs_plugins.benchmark.report import render
 
-    config = runs.RunConfig(data, model, weights, sigma, n, n0, alpha, examples, seed, device, block)
+    config = runs.RunConfig(
+        data=data,
+        model=model,
+        weights=weights,
+        sigma=sigma,
+        n=n,
+        n0=n0 or (100 if tolerance is None else 500),
+        alpha=alpha,
+        examples=examples,
+        seed=seed,
+        device=device,
+        radii=tuple(sorted(radius)) if radius else None,
+        tolerance=tolerance,
+        dtype=cast(Any, dtype),
+        channels_last=channels_last,
+        compile=compile,
+        block=block,
+    )
     typer.echo(render([runs.certify(config, output, verbose=not quiet)], "md"))
 
 

@@ -99,10 +99,10 @@ def test_counts_exactly_n_draws(n: int, block: int | None) -> None:
     limit = block or default_block((3,))
     chunk = min(chunk_size(limit), n)
     slots = limit // chunk
-    assert rows[:2] == [4, 4]   # the probes
+    assert rows[:3] == [4, 4, 4]   # the probes
     # every pass has one shape, and only the last one has empty slots
     passes = math.ceil(math.ceil(n / chunk) / slots)
-    assert rows[2:] == [slots * chunk] * passes
+    assert rows[3:] == [slots * chunk] * passes
 
 
 def test_surplus_rows_of_the_last_pass_do_not_vote() -> None:
@@ -111,7 +111,7 @@ def test_surplus_rows_of_the_last_pass_do_not_vote() -> None:
 
     def f(z: torch.Tensor) -> torch.Tensor:
         calls.append(len(z))
-        late = (torch.arange(len(z)) >= 1) if len(calls) == 5 else torch.zeros(len(z), dtype=bool)
+        late = (torch.arange(len(z)) >= 1) if len(calls) == 6 else torch.zeros(len(z), dtype=bool)
         return torch.stack([torch.where(late, 0.0, 1.0), torch.where(late, 1.0, 0.0)], dim=1)
 
     assert count_votes(f, X[:1], Gaussian(0.7), 21, num_classes=2, block=10).tolist() == [[21, 0]]
@@ -209,13 +209,17 @@ class MeanFree(nn.Module):
         Function(lambda z: F(z).flip(0).cumsum(0).flip(0)),
         Function(lambda z: F(z) + F(z).roll(1, 0)), Function(lambda z: F(z) * torch.arange(1, len(z) + 1)[:, None]),
         nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 2)).eval(),
-        Function(lambda z: nn.functional.dropout(F(z), 0.5)),
     ],
 )   # fmt: skip
 def test_networks_that_see_their_batch_are_refused(f: nn.Module) -> None:
     torch.manual_seed(0)
     with pytest.raises(ValueError, match=r"changed by .* with the other rows of its batch"):
         votes(f=f)
+
+
+def test_random_networks_are_refused() -> None:
+    with pytest.raises(ValueError, match="f is random: it gives another output when it is asked again"):
+        votes(f=Function(lambda z: nn.functional.dropout(F(z), 0.5)))
 
 
 def test_ordinary_networks_are_not_refused() -> None:

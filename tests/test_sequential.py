@@ -158,7 +158,7 @@ def test_planned_certificates_take_fewer_draws_for_nearly_the_radius():
     whole = run(distances, OneSided(), n=100_000)
     found = run(distances, Planned(0.02), n=100_000)
     assert found.n.mean() < 0.6 * 100_000
-    assert np.all(found.radius >= whole.radius - 0.1)   # the tolerance is an expectation over what the pilot leaves open
+    assert np.all(found.radius >= whole.radius - 0.1)   # the tolerance is an expectation
     assert np.all(found.radius <= distances)
 
 

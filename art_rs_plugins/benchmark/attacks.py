@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm.auto import tqdm
 
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
+from art_rs_plugins.estimators.inputs import as_limits
 from art_rs_plugins.smoothing.adversary import SmoothedPGD
 from art_rs_plugins.smoothing.noise import Gaussian, check_seed, derive_seed
 from art_rs_plugins.smoothing.sampling import check_count, evaluating
@@ -98,9 +99,9 @@ def _deepfool(estimator: PyTorchSmoothedClassifier, _budget: float, steps: int, 
 
 def _smoothed_pgd(estimator: PyTorchSmoothedClassifier, budget: float, steps: int, seed: int) -> Craft:
     attack = SmoothedPGD(steps=steps, samples=estimator.bank_samples, block=estimator.performance.block)
-    limits = None
-    if estimator.clip_values is not None:
-        limits = [torch.as_tensor(limit, device=estimator.device) for limit in estimator.clip_values]
+    limits = as_limits(estimator.clip_values, estimator.input_shape, estimator.channels_first)
+    if limits is not None:
+        limits = limits[0].to(estimator.device), limits[1].to(estimator.device)
 
     def craft(x: Images, y: NDArray[np.int64]) -> Images:
         with evaluating(estimator.model):
@@ -196,6 +197,15 @@ def run_attack(
     grid = np.asarray(budgets, dtype=np.float64)
     if grid.ndim != 1 or not len(grid) or np.any(~np.isfinite(grid) | (grid <= 0)) or np.any(np.diff(grid) <= 0):
         raise ValueError(f"budgets must be ascending and > 0, in the units of the input, got {list(budgets)}")
+    if np.any(known < 0) or np.any(known >= estimator.nb_classes):
+        span = f"[{known.min()}, {known.max()}]"
+        raise ValueError(f"labels must be class indices in [0, {estimator.nb_classes}), got values in {span}")
+    if not np.all(np.isfinite(inputs)):
+        raise ValueError("x must be finite, got NaN or Inf; remove or repair these inputs")
+    if certificates is not None and len(certificates) != len(inputs):
+        raise ValueError(f"certificates must be those of x: there are {len(certificates)}, for {len(inputs)} inputs")
+    if 2.0 * 0.5 ** check_count(n, "n") > estimator.alpha:
+        raise ValueError(f"n={n} votes can never reach alpha={estimator.alpha}: every answer would abstain; raise n")
     seed = check_seed(seed)
     check_count(steps, "steps")
     found: Images | None = None
@@ -204,7 +214,8 @@ def run_attack(
     for level, budget in enumerate(tqdm(grid.tolist(), desc=attack.name, disable=not verbose)):
         if attack.budgeted or found is None:
             found = attack.make(estimator, budget, steps, derive_seed(seed, level, 0))(inputs, known)
-        adversarial[level] = _within(inputs, found, budget, attack.name)
+        spent = torch.from_numpy(_within(inputs, found, budget, attack.name))
+        adversarial[level] = estimator.noise(estimator.scale).nearest(spent).numpy()   # what the classifier accepts
         answers.append(estimator.predictions(adversarial[level], n=n, seed=derive_seed(seed, level, 1)))
     outcomes = AttackOutcomes(
         name=attack.name,

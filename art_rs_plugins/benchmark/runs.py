@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -19,14 +19,16 @@ from tqdm.auto import tqdm
 from art_rs_plugins.benchmark.attacks import ATTACKS, run_attack
 from art_rs_plugins.benchmark.data import Dataset, load
 from art_rs_plugins.benchmark.models import build, load_weights, save_weights, weights_digest
-from art_rs_plugins.benchmark.records import Record, RecordWriter, digest, read_record, to_certificates
+from art_rs_plugins.benchmark.records import Record, RecordWriter, digest, read_manifest, read_record, to_certificates
 from art_rs_plugins.benchmark.report import save_audit
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
 from art_rs_plugins.smoothing.noise import check_seed, derive_seed
-from art_rs_plugins.smoothing.sampling import check_count, default_block
+from art_rs_plugins.smoothing.performance import Performance, measure_block
+from art_rs_plugins.smoothing.sampling import check_count, evaluating
 from art_rs_plugins.theory.audit import AttackOutcomes, Audit, audit
 from art_rs_plugins.theory.bounds import check_alpha
 from art_rs_plugins.theory.radii import check_sigma
+from art_rs_plugins.theory.rules import Planned, Sequential
 
 if TYPE_CHECKING:
     from art_rs_plugins.smoothing.training import Epoch
@@ -71,14 +73,28 @@ class RunConfig:
     examples: str = "::1"
     seed: int = 0
     device: str = "gpu"
+    radii: tuple[float, ...] | None = None
+    tolerance: float | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    channels_last: bool = False
+    compile: bool = False
     block: int | None = None
 
     def __post_init__(self) -> None:
         check_sigma(self.sigma), check_alpha(self.alpha), check_seed(self.seed), check_device(self.device)
         check_count(self.n, "n"), check_count(self.n0, "n0")
         parse_examples(self.examples, 1)
-        if self.block is not None:
-            check_count(self.block, "block")
+        if self.radii is not None:
+            object.__setattr__(self, "radii", Sequential(tuple(self.radii)).radii)
+        if self.tolerance is not None:
+            Planned(self.tolerance)
+        if self.radii is not None and self.tolerance is not None:
+            raise ValueError("radii and tolerance each say how to decide; give one of them")
+        self.performance(None)
+
+    def performance(self, block: int | None) -> Performance:
+        """How the network votes, with `block` rows where none were asked for."""
+        return Performance(self.dtype, self.channels_last, self.compile, self.block or block)
 
 
 def check_device(device: str) -> str:
@@ -166,8 +182,8 @@ def _smooth(
     )
 
 
-def open_estimator(config: RunConfig) -> tuple[Dataset, PyTorchSmoothedClassifier]:
-    """Data set and smoothed classifier of a configuration.
+def open_estimator(config: RunConfig, block: int | None = None) -> tuple[Dataset, PyTorchSmoothedClassifier]:
+    """Data set and smoothed classifier of a configuration; `block` rows in a forward pass where it names none.
 
     Raises
     ------
@@ -180,8 +196,8 @@ def open_estimator(config: RunConfig) -> tuple[Dataset, PyTorchSmoothedClassifie
         load_weights(network, Path(config.weights))
     elif ":" not in config.model:
         raise ValueError(f"weights are needed for model {config.model!r}; train it first, or give a factory's path")
-    counts = {"sample_size": config.n0, "alpha": config.alpha, "block": config.block}
-    return data, _smooth(network, data, config.sigma, config.device, config.seed, **counts)
+    settings = {"sample_size": config.n0, "alpha": config.alpha, "performance": config.performance(block)}
+    return data, _smooth(network, data, config.sigma, config.device, config.seed, **settings)
 
 
 def certify(config: RunConfig, output: Path, *, verbose: bool = False) -> Record:
@@ -212,10 +228,15 @@ def certify(config: RunConfig, output: Path, *, verbose: bool = False) -> Record
     again with the same noise: it is the same experiment, not a second try at alpha.
     """
     check_folder(output)
-    data, estimator = open_estimator(config)
+    known = read_manifest(output)
+    data, estimator = open_estimator(config, None if known is None else known.get("block"))
     indices = parse_examples(config.examples, len(data.x_test))
     if not len(indices):
         raise ValueError(f"examples {config.examples!r} selects none of the {len(data.x_test)} test examples")
+    if known is None and config.block is None:
+        with evaluating(estimator.model):
+            block = measure_block(estimator.model.f, estimator.input_shape, estimator.device)
+        estimator.set_params(performance=config.performance(block))
     with RecordWriter(output, asdict(config), facts=_facts(config, data, indices, estimator)) as writer:
         left = np.array([index for index in indices if int(index) not in writer.done], dtype=np.int64)
         votes = abstained = 0
@@ -224,9 +245,17 @@ def certify(config: RunConfig, output: Path, *, verbose: bool = False) -> Record
             for first in range(0, len(left), GROUP):
                 rows = left[first : first + GROUP]
                 begun = time.perf_counter()
-                found = estimator.certificates(data.x_test[rows], n=config.n, indices=rows, seed=config.seed)
+                found = estimator.certificates(
+                    data.x_test[rows],
+                    n=config.n,
+                    radii=config.radii,
+                    tolerance=config.tolerance,
+                    n0=config.n0,
+                    indices=rows,
+                    seed=config.seed,
+                )
                 writer.append(found, data.y_test[rows], (time.perf_counter() - begun) / len(rows))
-                votes += len(rows) * (config.n + config.n0)
+                votes += int((found.n + found.n0).sum())
                 abstained += int(found.abstained.sum())
                 bar.update(len(rows))
                 bar.set_postfix_str(f"{votes / (time.perf_counter() - start):,.0f} votes/s, {abstained} abstained")
@@ -240,9 +269,9 @@ def _facts(
     device = estimator.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": str(next((p.dtype for p in estimator.model.parameters()), torch.float32)).removeprefix("torch."),
-        "layout": "contiguous",
-        "block": estimator.block or default_block(estimator.input_shape),
+        "dtype": config.dtype,
+        "layout": "channels_last" if config.channels_last else "contiguous",
+        "block": estimator.performance.block,
         "seed": config.seed,
         "weights_sha256": weights_digest(estimator.model.base),
         "data_sha256": digest(np.ascontiguousarray(data.x_test[indices])),
@@ -295,7 +324,7 @@ def attack(
         raise ValueError(f"{record} has no manifest beside it, so its classifier cannot be rebuilt; certify it again")
     names_of_fields = {field.name for field in fields(RunConfig)}
     config = RunConfig(**{key: value for key, value in known.manifest["config"].items() if key in names_of_fields})
-    data, estimator = open_estimator(config)
+    data, estimator = open_estimator(config, known.manifest.get("block"))
     for fact, value in _facts(config, data, np.asarray(known.idx), estimator).items():
         if fact == "weights_sha256" and known.manifest.get(fact) != value:
             raise ValueError(f"{config.weights} is not what {record} was made with; restore it, or certify again")

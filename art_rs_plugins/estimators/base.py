@@ -21,16 +21,21 @@ from tqdm.auto import tqdm
 
 from art_rs_plugins.estimators.inputs import (
     as_inputs,
+    as_limits,
+    as_noise,
     as_one_hot,
     as_performance,
     as_sigma,
     check_finite,
+    check_lengths,
     check_range,
+    warn_if_hopeless,
 )
 from art_rs_plugins.estimators.preprocessing import is_augmentation, make_transform
 from art_rs_plugins.smoothing.certify import Predictions, certify, predict
+from art_rs_plugins.smoothing.grid import GridGaussian
 from art_rs_plugins.smoothing.modules import BaseClassifier, SmoothedModule, looks_like_probabilities
-from art_rs_plugins.smoothing.noise import Gaussian, check_seed, derive_seed
+from art_rs_plugins.smoothing.noise import Gaussian, Key, Stage, check_seed, derive_seed, standard_normal
 from art_rs_plugins.smoothing.performance import Performance, Voter
 from art_rs_plugins.smoothing.sampling import check_count, check_indices, evaluating
 from art_rs_plugins.smoothing.training import Epoch, Scheduler, fit, shuffled
@@ -85,6 +90,8 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         Draws in the fixed bank behind ``model.eval()``, gradients and `attack_view`.
     seed : int
         Seed of the bank and of training. Certificates and predictions take one for each call.
+    noise : type of noise
+        ``Gaussian``, or ``GridGaussian`` for inputs of 8 bits, whose certificates hold in floating point.
     performance : Performance, optional
         How the network votes: dtype, layout, compilation, rows of a forward pass. float32 as it is by default.
 
@@ -119,6 +126,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         ),
         "bank_samples",
         "seed",
+        "noise",
         "performance",
     ]
 
@@ -141,13 +149,18 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         *,
         bank_samples: int = 32,
         seed: int = 0,
+        noise: type[Gaussian] | type[GridGaussian] = Gaussian,
         performance: Performance | None = None,
     ) -> None:
         base = model.base if isinstance(model, SmoothedModule) else model
         if not isinstance(base, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        sigma = as_sigma(scale)
-        self._performance = as_performance(performance)
+        if device_type not in ("gpu", "cpu"):
+            raise ValueError(f"device_type must be 'gpu' (or the CPU without CUDA) or 'cpu', got {device_type!r}")
+        if getattr(loss, "reduction", "mean") == "none":
+            raise ValueError("loss must reduce to a scalar; use reduction='mean'")
+        sigma, bank_samples = as_sigma(scale), check_count(bank_samples, "bank_samples")
+        self._performance, self._noise = as_performance(performance), as_noise(noise)
         super().__init__(
             model=SmoothedModule(base, sigma, samples=bank_samples, seed=seed, block=self._performance.block),
             loss=loss,
@@ -169,6 +182,10 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         self.history_: list[Epoch] = []
         self._ready: tuple[Any, Voter] | None = None
         self._update_preprocessing_operations()
+        if isinstance(model, SmoothedModule) and model.f.transform is not None and self.model.f.transform is None:
+            raise ValueError(
+                "model is a SmoothedModule whose transform would be lost; give its network, and the preprocessing too"
+            )
         self._check_params()
 
     @classmethod
@@ -192,6 +209,8 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
                 f"classifier must be an ART PyTorchClassifier, got {type(classifier).__name__}; "
                 "pass a torch.nn.Module to the constructor instead"
             )
+        if isinstance(classifier.model, SmoothedModule) and not isinstance(classifier, PyTorchSmoothedClassifier):
+            raise TypeError("classifier is an attack view; wrap the estimator itself, or its network")
         own = {name: getattr(classifier, name) for name in cls.estimator_params if hasattr(classifier, name)}
         return cls(**{**own, **settings})
 
@@ -243,6 +262,15 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         self.model.seed = check_seed(value)
 
     @property
+    def noise(self) -> type[Gaussian] | type[GridGaussian]:
+        """Noise family of votes; training, gradients and views draw ordinary Gaussian noise of the same sigma."""
+        return self._noise
+
+    @noise.setter
+    def noise(self, value: type[Gaussian] | type[GridGaussian]) -> None:
+        self._noise = as_noise(value)
+
+    @property
     def performance(self) -> Performance:
         """How the network votes."""
         return self._performance
@@ -252,13 +280,37 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         self._performance = as_performance(value)
         self.model.block = self._performance.block
 
+    def set_params(self, **kwargs: Any) -> None:
+        """Change settings, all of them or, if one is refused, none.
+
+        Parameters
+        ----------
+        **kwargs
+            Among ``estimator_params``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For a name that is no setting, a value out of range, or another model, which takes a new estimator.
+        """
+        if kwargs.get("model", self.model) not in (self.model, self.model.base):
+            raise ValueError("model cannot be exchanged; construct a new estimator for it")
+        changes = {name: value for name, value in kwargs.items() if name != "model"}
+        before = self.get_params()
+        try:
+            super().set_params(**changes)
+        except Exception:
+            super().set_params(**{name: before[name] for name in changes if name in before})
+            raise
+
     def _update_preprocessing_operations(self) -> None:
         """Move ART's preprocessing into the base classifier; none is left for ART to apply before the noise."""
         super()._update_preprocessing_operations()
         operations = list(self.preprocessing_operations)
         self.preprocessing_operations.clear()
         self._augmentations = [operation for operation in operations if is_augmentation(operation)]
-        transform = make_transform(operations, channels_first=self.channels_first, clip_values=self.clip_values)
+        limits = as_limits(self.clip_values, self.input_shape, self.channels_first)
+        transform = make_transform(operations, channels_first=self.channels_first, limits=limits)
         self.model.f.transform = None if transform is None else transform.to(self.device)
 
     def _check_params(self) -> None:
@@ -268,12 +320,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
                 "postprocessing_defences are not supported: votes are counted before them; "
                 "put what should take part in the vote into the network"
             )
-        if 2.0 * 0.5**self.sample_size > self.alpha:
-            warnings.warn(
-                f"sample_size={self.sample_size} votes can never reach alpha={self.alpha}: every prediction will "
-                "abstain; use a larger sample_size",
-                stacklevel=3,
-            )
+        warn_if_hopeless(self.sample_size, self.alpha, "sample_size")
         cuda = self.device_type != "cpu" and torch.cuda.is_available()
         self._device = torch.device(f"cuda:{torch.cuda.current_device()}" if cuda else "cpu")
         self._model.to(self._device)
@@ -282,15 +329,16 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
 
     def _check_outputs(self) -> None:
         """Run the network once: a wrong shape should be met here, not in the middle of a certificate."""
-        probe = torch.zeros((2, *self.input_shape), device=self.device)
+        probe = standard_normal((8, *self.input_shape), Key(0, 0, Stage.BANK, 2), self.device)
+        probe[0] = 0.0
         try:
             with torch.no_grad(), evaluating(self.model):
                 outputs = self.model.f(probe)
         except RuntimeError as error:
             raise ValueError(f"model cannot take inputs of input_shape {self.input_shape}: {error}") from error
-        if outputs.shape != (2, self.nb_classes):
+        if outputs.shape != (8, self.nb_classes):
             raise ValueError(
-                f"model must return shape (m, nb_classes) = (m, {self.nb_classes}), got {tuple(outputs.shape)} at m = 2"
+                f"model must return shape (m, nb_classes) = (m, {self.nb_classes}), got {tuple(outputs.shape)} at m = 8"
             )
         self.model.probabilities = looks_like_probabilities(outputs)
 
@@ -387,7 +435,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
                     certify(
                         f,
                         inputs[rows].to(self.device),
-                        Gaussian(self.scale),
+                        self.noise(self.scale),
                         num_classes=self.nb_classes,
                         n=n,
                         n0=self.sample_size if n0 is None else n0,
@@ -483,6 +531,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         """
         inputs = self._inputs(x)
         keys, size, seed = check_indices(indices, len(inputs)), check_count(batch_size, "batch_size"), check_seed(seed)
+        warn_if_hopeless(self.sample_size if n is None else check_count(n, "n"), self.alpha if alpha is None else alpha)
         parts = []
         with evaluating(self.model):
             f = self._voter()
@@ -492,7 +541,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
                     predict(
                         f,
                         inputs[rows].to(self.device),
-                        Gaussian(self.scale),
+                        self.noise(self.scale),
                         num_classes=self.nb_classes,
                         n=self.sample_size if n is None else n,
                         alpha=self.alpha if alpha is None else alpha,
@@ -509,7 +558,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         Parameters
         ----------
         x : ndarray, shape (b, *input_shape)
-            Raw inputs.
+            Raw inputs. Under `GridGaussian` the answer is that for the nearest input of 8 bits.
         batch_size : int
             Inputs on the device at a time; changes no bit of the result.
         verbose : bool
@@ -538,7 +587,8 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         abstains = kwargs.get("is_abstain")
         if abstains is not None and not isinstance(abstains, bool):
             raise ValueError(f"is_abstain must be a bool, got {abstains!r}")
-        found = self.predictions(x, seed=kwargs.get("seed"), batch_size=batch_size, verbose=verbose)
+        inputs = self.noise(self.scale).nearest(self._inputs(x))   # attacks of ART ask about whatever they try
+        found = self.predictions(inputs, seed=kwargs.get("seed"), batch_size=batch_size, verbose=verbose)
         answers = np.zeros((len(found.prediction), self.nb_classes))
         answered = np.ones_like(found.abstained) if abstains is False else ~found.abstained
         answers[np.arange(len(answers)), found.prediction] = answered
@@ -557,8 +607,9 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         Returns
         -------
         PyTorchClassifier
-            Sharing this network; log mean probabilities, float32 inside whatever comes in, never abstaining. An
-            adversarial example of the view is one of the smoothed classifier only after fresh votes say so.
+            Sharing this network, with sigma and preprocessing as they are now; log mean probabilities, float32 inside
+            whatever comes in, never abstaining. An adversarial example of the view is one of the smoothed classifier
+            only after fresh votes say so.
         """
         module = SmoothedModule(
             self.model.base,
@@ -609,7 +660,8 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
             For inputs or labels that do not fit.
         """
         target = self.model.f if kwargs.get("sampling") is False else self.model
-        leaf, labels = self._leaf(x), self._labels(y)
+        leaf = self._leaf(x)
+        labels = self._labels(y, len(leaf))
         with evaluating(target):
             target.train(training_mode)
             (gradient,) = torch.autograd.grad(self.loss(target(leaf), labels), leaf)
@@ -648,9 +700,12 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         if label is None:
             wanted = torch.arange(self.nb_classes, device=self.device).expand(len(leaf), -1)
         else:
-            chosen = np.broadcast_to(np.asarray(label), (len(leaf),))
-            if chosen.dtype.kind not in "iu" or np.any(chosen < 0) or np.any(chosen >= self.nb_classes):
+            given = np.asarray(label)
+            if given.dtype.kind not in "iu" or np.any(given < 0) or np.any(given >= self.nb_classes):
                 raise ValueError(f"label must be class indices in [0, {self.nb_classes}), got {label}")
+            if given.ndim and given.shape != (len(leaf),):
+                raise ValueError(f"label must be one class or have shape ({len(leaf)},), got shape {given.shape}")
+            chosen = np.broadcast_to(given, (len(leaf),))
             wanted = torch.as_tensor(chosen.astype(np.int64), device=self.device)[:, None]
         with evaluating(self.model):
             self.model.train(training_mode)
@@ -680,9 +735,11 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         ndarray or Tensor
             Shape (b,) for ``"none"``, else a scalar.
         """
-        labels, before = self._labels(y), self.loss.reduction
-        tensor = isinstance(x, Tensor)
+        if not hasattr(self.loss, "reduction"):
+            raise TypeError(f"loss {type(self.loss).__name__} has no reduction to set; use one of torch.nn")
+        tensor, before = isinstance(x, Tensor), self.loss.reduction
         inputs = self._inputs(x, keep_dtype=True).to(self.device)
+        labels = self._labels(y, len(inputs))
         self.loss.reduction = reduction
         try:
             with torch.set_grad_enabled(tensor), evaluating(self.model):
@@ -819,6 +876,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
     ) -> None:
         if self.optimizer is None:
             raise ValueError("optimizer is needed to train, but none was given to the constructor")
+        check_count(epochs, "nb_epochs")
 
         def objective(logits: Tensor, labels: Tensor) -> Tensor:
             value: Tensor = self.loss(logits.flatten(0, 1), labels.expand(len(logits), *labels.shape).flatten(0, 1))
@@ -854,6 +912,8 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         """Copy with the same settings and optimiser, and fresh weights."""
         if self.optimizer is None:
             raise ValueError("optimizer is needed to clone for refitting, but none was given to the constructor")
+        if len(self.optimizer.param_groups) > 1:
+            raise ValueError("optimizer has several parameter groups, which a clone cannot keep; build it yourself")
         network = copy.deepcopy(self.model.base)
         family = type(self.optimizer)
         accepted = inspect.signature(family.__init__).parameters
@@ -899,20 +959,21 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         inputs = as_inputs(x, self.input_shape, keep_dtype=keep_dtype)
         if strict:
             check_finite(inputs)
-            check_range(inputs, self.clip_values)
+            check_range(inputs, as_limits(self.clip_values, self.input_shape, self.channels_first))
         return inputs
 
     def _leaf(self, x: Array | Tensor) -> Tensor:
         return self._inputs(x, keep_dtype=True).to(self.device).detach().clone().requires_grad_()
 
-    def _labels(self, y: Array | Tensor) -> Tensor:
-        return torch.as_tensor(self.reduce_labels(as_one_hot(y, self.nb_classes)), device=self.device)
+    def _labels(self, y: Array | Tensor, length: int) -> Tensor:
+        rows = as_one_hot(y, self.nb_classes)
+        check_lengths(length, len(rows))
+        return torch.as_tensor(self.reduce_labels(rows), device=self.device)
 
     def _training_batch(self, x: Any, y: Any) -> tuple[NDArray[np.float32], Array]:
         """Checked inputs and the labels that the loss takes, after the augmentations of training data."""
         inputs, labels = self._inputs(x, strict=True).cpu().numpy(), as_one_hot(y, self.nb_classes)
-        if len(inputs) != len(labels):
-            raise ValueError(f"x and y must have the same length, got {len(inputs)} and {len(labels)}")
+        check_lengths(len(inputs), len(labels))
         for operation in self._augmentations:
             inputs, labels = operation(inputs, labels)
         targets = self.reduce_labels(np.asarray(labels, dtype=np.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from art_rs_plugins.smoothing.grid import GridGaussian
+from art_rs_plugins.smoothing.noise import Gaussian
 from art_rs_plugins.smoothing.performance import Performance
 from art_rs_plugins.theory.radii import check_sigma
 
-__all__ = ["as_inputs", "as_one_hot", "as_performance", "as_sigma", "check_finite", "check_range"]
+__all__ = [
+    "as_inputs",
+    "as_limits",
+    "as_noise",
+    "as_one_hot",
+    "as_performance",
+    "as_sigma",
+    "check_finite",
+    "check_lengths",
+    "check_range",
+    "warn_if_hopeless",
+]
 
 RANGE_SLACK = 1e-6
 
@@ -53,13 +67,63 @@ def check_finite(x: Tensor) -> None:
         raise ValueError(f"x must be finite, got NaN or Inf in {len(rows)} inputs, the first at position {rows[0]}")
 
 
-def check_range(x: Tensor, clip_values: Any) -> None:
-    """Raise ``ValueError`` where x leaves clip_values, a pair of numbers or of arrays, by more than 1e-6."""
+def check_lengths(x: int, y: int) -> None:
+    """Raise ``ValueError`` unless there is a label for each input."""
+    if x != y:
+        raise ValueError(f"x and y must have the same length, got {x} and {y}")
+
+
+def warn_if_hopeless(n: int, alpha: float, name: str = "n") -> None:
+    """Warn where no number of equal votes could be an answer."""
+    if 2.0 * 0.5**n > alpha:
+        warnings.warn(
+            f"{name}={n} votes can never reach alpha={alpha}: every prediction will abstain; use a larger {name}",
+            stacklevel=4,
+        )
+
+
+def as_limits(clip_values: Any, input_shape: tuple[int, ...], channels_first: bool) -> tuple[Tensor, Tensor] | None:
+    """Range of raw inputs as a pair that broadcasts against them.
+
+    Parameters
+    ----------
+    clip_values : pair of numbers or of arrays, or None
+        For all values, for each channel, or for each feature.
+    input_shape : tuple of int
+        Shape of one input.
+    channels_first : bool
+        Where the channels of one input are.
+
+    Raises
+    ------
+    ValueError
+        If the arrays fit neither.
+    """
     if clip_values is None:
+        return None
+    limits = []
+    for limit in clip_values:
+        values = torch.as_tensor(np.asarray(limit, dtype=np.float32))
+        if channels_first and values.ndim == 1 and values.numel() == input_shape[0]:
+            values = values.view(-1, *[1] * (len(input_shape) - 1))
+        elif values.numel() == np.prod(input_shape):
+            values = values.reshape(input_shape)
+        try:
+            torch.broadcast_to(values, input_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"clip_values must be numbers, or arrays for each channel or feature of inputs of shape {input_shape}; "
+                f"got shape {tuple(values.shape)}"
+            ) from None
+        limits.append(values)
+    return limits[0], limits[1]
+
+
+def check_range(x: Tensor, limits: tuple[Tensor, Tensor] | None) -> None:
+    """Raise ``ValueError`` where x leaves a range by more than 1e-6."""
+    if limits is None:
         return
-    low, high = (torch.as_tensor(np.asarray(limit, dtype=np.float32), device=x.device) for limit in clip_values)
-    if low.numel() > 1:
-        low, high = low.view(x.shape[1:]), high.view(x.shape[1:])
+    low, high = (limit.to(x.device) for limit in limits)
     if bool(((x < low - RANGE_SLACK) | (x > high + RANGE_SLACK)).any()):
         raise ValueError(
             f"x must lie within clip_values [{float(low.min()):g}, {float(high.max()):g}], got "
@@ -108,3 +172,11 @@ def as_performance(value: Any) -> Performance:
     if not isinstance(value, Performance):
         raise TypeError(f"performance must be a Performance, got {type(value).__name__}")
     return value
+
+
+def as_noise(value: Any) -> type[Gaussian] | type[GridGaussian]:
+    """A noise family; ``TypeError`` for anything else."""
+    if value not in (Gaussian, GridGaussian):
+        raise TypeError(f"noise must be the class Gaussian or GridGaussian, got {value!r}; sigma is given by scale")
+    family: type[Gaussian] | type[GridGaussian] = value
+    return family

@@ -9,7 +9,6 @@ import torch
 from art.defences.preprocessor.preprocessor import Preprocessor, PreprocessorPyTorch
 from art.preprocessing.standardisation_mean_std.numpy import StandardisationMeanStd
 from art.preprocessing.standardisation_mean_std.pytorch import StandardisationMeanStdPyTorch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from art_rs_plugins.smoothing.modules import Normalize
@@ -23,7 +22,7 @@ def is_augmentation(operation: Preprocessor) -> bool:
 
 
 def make_transform(
-    operations: list[Preprocessor], *, channels_first: bool, clip_values: NDArray[np.float32] | None
+    operations: list[Preprocessor], *, channels_first: bool, limits: tuple[Tensor, Tensor] | None
 ) -> nn.Module | None:
     """What has to happen between the noise and the network, or None if nothing has to.
 
@@ -33,18 +32,18 @@ def make_transform(
         ART's defences in their order, then its standardisation. Those for training data alone are left out.
     channels_first : bool
         Whether a mean for each channel belongs to dimension 1 or to the last one.
-    clip_values : ndarray of float32, optional
+    limits : pair of Tensor, optional
         Range of the raw input. Noisy inputs are clipped to it before a defence, which may expect pixels.
     """
     layers: list[nn.Module] = []
     for operation in operations:
         if isinstance(operation, StandardisationMeanStd | StandardisationMeanStdPyTorch):
-            mean, std = np.asarray(operation.mean), np.asarray(operation.std)
+            mean, std = np.broadcast_arrays(np.asarray(operation.mean), np.asarray(operation.std))
             if np.any(mean != 0) or np.any(std != 1):
                 last = mean.ndim == 1 and mean.size > 1 and not channels_first
                 layers.append(Normalize(mean[None], std[None]) if last else Normalize(mean, std))
         elif not is_augmentation(operation):
-            layers.append(ArtTransform(operation, clip_values))
+            layers.append(ArtTransform(operation, limits))
     return nn.Sequential(*layers) if layers else None
 
 
@@ -55,21 +54,21 @@ class ArtTransform(nn.Module):
     ----------
     operation : Preprocessor
         Any of ART's; applied in training only if it asks for that.
-    clip_values : ndarray of float32, optional
+    limits : pair of Tensor, optional
         Range that noisy inputs are clipped to first.
     """
 
-    def __init__(self, operation: Preprocessor, clip_values: NDArray[np.float32] | None) -> None:
+    def __init__(self, operation: Preprocessor, limits: tuple[Tensor, Tensor] | None) -> None:
         super().__init__()
         self.operation = operation
-        self.clip_values = None if clip_values is None else tuple(torch.as_tensor(limit) for limit in clip_values)
+        self.limits = limits
 
     def forward(self, noisy: Tensor) -> Tensor:
         """Transform noisy inputs (m, ...)."""
         if self.training and not self.operation.apply_fit:
             return noisy
-        if self.clip_values is not None:
-            low, high = (limit.to(noisy) for limit in self.clip_values)
+        if self.limits is not None:
+            low, high = (limit.to(noisy) for limit in self.limits)
             noisy = noisy.clamp(low, high)
         if isinstance(self.operation, PreprocessorPyTorch):
             transformed: Tensor = self.operation.forward(noisy, None)[0]

@@ -165,6 +165,7 @@ class SmoothedModule(nn.Module):
     def _sum_part(self, x: Tensor, bank: Tensor) -> Tensor:
         """Sum over some draws (m, ...) of the class probabilities of b inputs. Shape (b, k)."""
         outputs: Tensor = self.f((x[None] + bank[:, None]).flatten(0, 1))
+        outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
         scores = outputs if self.probabilities else outputs.softmax(dim=1)
         part: Tensor = scores.unflatten(0, (len(bank), len(x))).sum(dim=0)
         return part
@@ -175,6 +176,7 @@ class SmoothedModule(nn.Module):
 
 
 def looks_like_probabilities(outputs: Tensor) -> bool:
-    """Whether every row of (m, k) outputs is a probability vector, as of a network that ends in a softmax."""
-    sums = outputs.sum(dim=1)
-    return bool((outputs >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-4))
+    """Whether (m, k) outputs are probability vectors, as of a network that ends in a softmax; NaN rows do not count."""
+    finite = outputs[torch.isfinite(outputs).all(dim=1)].float()
+    sums = finite.sum(dim=1)
+    return bool(len(finite) and (finite >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-2))

@@ -157,6 +157,10 @@ class Noise(Protocol):
         """Raise ``ValueError`` for inputs that certificates under this noise could not speak of."""
         ...
 
+    def nearest(self, x: Tensor) -> Tensor:
+        """Inputs nearest to x that `check` accepts."""
+        ...
+
     def level(self, alpha: float, n: int, size: int) -> float:
         """What is left of alpha for the bounds of n draws of `size` numbers."""
         ...
@@ -215,6 +219,10 @@ class Gaussian:
 
     def check(self, x: Tensor) -> None:
         """Accept any input."""
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Return x itself."""
+        return x
 
     def level(self, alpha: float, n: int, size: int) -> float:
         """Return alpha: the certificate takes its draws for ideal ones."""

@@ -96,7 +96,8 @@ def check_network(f: Classifier, x: Tensor, num_classes: int) -> None:
         If x is not floating point.
     ValueError
         If x holds no input, a part of f is in training mode, f lies on another device, has another number of outputs,
-        or lets the rows of a batch influence each other (as batch normalisation without running statistics does).
+        is random, or lets the rows of a batch influence each other (as batch normalisation without running statistics
+        does).
     """
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, in the units that sigma is given in, got {x.dtype}")
@@ -111,13 +112,16 @@ def check_network(f: Classifier, x: Tensor, num_classes: int) -> None:
         spread = standard_normal((4, *x.shape[1:]), Key(0, 0, Stage.BANK, 0), x.device).to(x.dtype)
         probe = torch.cat([x[:1], x[:1] + spread[1:]])
         others = torch.cat([3.0 - 2.0 * spread[1:], x[:1]])   # other neighbours, and another place among them
-        first, second = f(probe).clone(), f(others)   # a compiled f may write its next output over this one
+        first = f(probe).clone()   # a compiled f may write its next output over this one
+        again, second = f(probe).clone(), f(others)
         if first.shape != (4, num_classes):
             raise ValueError(
                 f"f must return logits of shape (m, {num_classes}) for m inputs, got {tuple(first.shape)} for 4 inputs"
             )
         scale = first.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp(min=1e-6)
         tolerance = 1e-3 if first.dtype in (torch.float32, torch.float64) else 0.1
+        if bool((first - again).abs().nan_to_num(0.0, 0.0).max() > tolerance * scale):
+            raise ValueError("f is random: it gives another output when it is asked again about the same inputs")
         change = (first[0] - second[-1]).abs().max() / scale
         if bool(change > tolerance):   # NaN is no dependence; it will vote for no class
             raise ValueError(

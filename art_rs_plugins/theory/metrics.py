@@ -70,9 +70,9 @@ def check_labels(labels: ArrayLike, total: int) -> NDArray[np.int64]:
 
 
 def certified_correct(certificates: Certificates, labels: ArrayLike) -> NDArray[np.bool_]:
-    """Mask (b,): not abstained and of the right class. Conditional certificates are refused, never counted."""
-    if certificates.kind == "conditional":
-        raise ValueError("conditional certificates are not about the deployed classifier and cannot count as certified")
+    """Mask (b,): not abstained and of the right class. Kinds other than certified and exact are never counted."""
+    if certificates.kind not in ("certified", "exact"):
+        raise ValueError(f"{certificates.kind} certificates are no theorems about the classifier: they never count")
     known = check_labels(labels, len(certificates))
     return np.asarray(~certificates.abstained & (certificates.prediction == known))
 

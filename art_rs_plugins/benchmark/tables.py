@@ -1,0 +1,214 @@
+"""What records and audits amount to, as numbers and as the cells of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from art_rs_plugins.benchmark.records import Record
+from art_rs_plugins.theory.audit import Audit, Contradiction
+from art_rs_plugins.theory.metrics import Curve, abstention_rate, accuracy_curve, average_certified_radius
+
+__all__ = [
+    "RADII",
+    "Summary",
+    "accuracy_of",
+    "audit_cells",
+    "audit_table",
+    "case_cells",
+    "cell",
+    "count_cases",
+    "record_labels",
+    "sections",
+    "summarize",
+    "undecided",
+]
+
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+"""Radii of the tables, in the units of the input."""
+
+TEXT = ("record", "attack")
+"""Columns of words; all others are numbers, and stand to the right."""
+
+NOT_CERTIFIED = {
+    "conditional": "conditional (not certified)",
+    "committed": "committed by the memory (not certified accuracy)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What one record amounts to.
+
+    Attributes
+    ----------
+    name : str
+        Name of the record.
+    rows : int
+        Inputs, abstentions included.
+    sigma : float or None
+        Noise level; None where neither the columns nor the manifest say it, or where inputs differ in it.
+    n, n0, alpha : int, int, float, or None
+        Draws and failure probability, None in the same cases.
+    kind : str or None
+        Kind of the certificates; None where the file does not say.
+    acr : float
+        Mean over all inputs of the radius where correct, 0 elsewhere.
+    abstain_rate : float
+        Fraction of all inputs that abstain.
+    natural_accuracy : float
+        Fraction of all inputs answered with the right class.
+    curve : Curve
+        Fraction of all inputs that are correct with ``radius >= r`` at `RADII`, with its 95 % band.
+    """
+
+    name: str
+    rows: int
+    sigma: float | None
+    n: int | None
+    n0: int | None
+    alpha: float | None
+    kind: str | None
+    acr: float
+    abstain_rate: float
+    natural_accuracy: float
+    curve: Curve
+
+    @property
+    def section(self) -> str:
+        """Heading under which it is listed; what is no theorem about the deployed classifier has one of its own."""
+        return NOT_CERTIFIED.get(self.kind or "", "certified")
+
+
+def _setting(record: Record, name: str) -> Any:
+    """The one value of a setting: from its column, else from the manifest, else None."""
+    if name in record.columns:
+        values = np.unique(record.columns[name])
+        return values[0].item() if len(values) == 1 else None
+    manifest = record.manifest or {}
+    return manifest.get("config", {}).get(name, manifest.get(name))
+
+
+def accuracy_of(record: Record, radii: Sequence[float] | NDArray[np.float64]) -> Curve:
+    return accuracy_curve(record.correct, record.radius, radii)
+
+
+def summarize(record: Record) -> Summary:
+    """Sum up a record, ours or in the format of Cohen et al.
+
+    Parameters
+    ----------
+    record : Record
+        At least one row.
+
+    Returns
+    -------
+    Summary
+
+    Notes
+    -----
+    Every fraction is of all rows, and an abstention is wrong. Radii are compared as they are in the file: a log that
+    prints three digits has rounded them, some of them up.
+    """
+    curve = accuracy_of(record, RADII)
+    return Summary(
+        name=record.name,
+        rows=len(record),
+        sigma=_setting(record, "sigma"),
+        n=_setting(record, "n"),
+        n0=_setting(record, "n0"),
+        alpha=_setting(record, "alpha"),
+        kind=record.kind or _setting(record, "kind"),
+        acr=average_certified_radius(record.correct, record.radius),
+        abstain_rate=abstention_rate(record.abstained),
+        natural_accuracy=float(np.mean(record.correct)),
+        curve=curve,
+    )
+
+
+def record_labels(records: Sequence[Record]) -> list[str]:
+    """Name of each record, with as many folders before it as tell it from the others of that name."""
+    names = [record.name for record in records]
+    for depth in range(1, max(len(record.path.parts) for record in records)):
+        twins = [names.count(name) > 1 for name in names]
+        for number, record in enumerate(records):
+            if twins[number]:
+                names[number] = "/".join([*record.path.parts[-1 - depth : -1], record.name])
+    return [name if names.count(name) == 1 else f"{name} #{number + 1}" for number, name in enumerate(names)]
+
+
+def cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _rows(labels: Sequence[str], summaries: Sequence[Summary]) -> list[dict[str, str]]:
+    """Cells of the table of one section."""
+    return [
+        {
+            "record": label,
+            "rows": f"{summary.rows}",
+            "sigma": cell(summary.sigma, "g"),
+            "n": cell(summary.n, "d"),
+            "alpha": cell(summary.alpha, "g"),
+            "abstain": f"{summary.abstain_rate:.3f}",
+            "ACR": f"{summary.acr:.3f}",
+            **{f"r={radius:g}": f"{value:.3f}" for radius, value in zip(RADII, summary.curve.accuracy, strict=True)},
+        }
+        for label, summary in zip(labels, summaries, strict=True)
+    ]
+
+
+def sections(labels: Sequence[str], summaries: Sequence[Summary]) -> dict[str, list[dict[str, str]]]:
+    """Tables by heading, what is certified first."""
+    pairs = list(zip(labels, summaries, strict=True))
+    tables: dict[str, list[dict[str, str]]] = {}
+    for heading in ("certified", *NOT_CERTIFIED.values()):
+        chosen = [pair for pair in pairs if pair[1].section == heading]
+        if chosen:
+            tables[heading] = _rows([label for label, _ in chosen], [summary for _, summary in chosen])
+    return tables
+
+
+def audit_table(audit: Audit) -> list[dict[str, float]]:
+    """Rows by budget: budget, certified, correct, abstained, wrong, gap (fractions of all inputs), contradictions."""
+    found = [case.budget for case in audit.contradictions]
+    return [
+        {
+            "budget": float(budget),
+            "certified": float(audit.certified.accuracy[level]),
+            "correct": float(audit.correct[level]),
+            "abstained": float(audit.abstained[level]),
+            "wrong": float(audit.wrong[level]),
+            "gap": float(audit.gap[level]),
+            "contradictions": found.count(float(budget)),
+        }
+        for level, budget in enumerate(audit.budgets)
+    ]
+
+
+def audit_cells(audit: Audit) -> list[dict[str, str]]:
+    whole = ("budget", "contradictions")
+    return [
+        {name: f"{value:g}" if name in whole else f"{value:.3f}" for name, value in row.items()}
+        for row in audit_table(audit)
+    ]
+
+
+def case_cells(cases: Sequence[Contradiction]) -> list[dict[str, str]]:
+    """Contradictions by input."""
+    return [
+        {
+            "input": f"{case.index}",
+            "attack": case.attack,
+            "budget": f"{case.budget:g}",
+            "distance": f"{case.distance:.6g}",
+            "radius": f"{case.radius:.6g}",
+            "certified class": f"{case.certified}",
+            "class under attack": f"{case.adversarial}",
+        }
+        for case in sorted(cases, key=lambda case: (case.index, case.distance))
+    ]

@@ -1,0 +1,133 @@
+"""Performance changes how the network computes, and nothing that is guaranteed; what votes is what is deployed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from support import X, Y, digits_network, smooth
+
+from art_rs_plugins import Performance
+from art_rs_plugins.benchmark.models import build
+from art_rs_plugins.smoothing.modules import BaseClassifier, Normalize
+from art_rs_plugins.smoothing.performance import Voter, measure_block
+
+
+def resnet() -> torch.nn.Module:
+    network = build("resnet20", (3, 32, 32), 10, seed=0)
+    for layer in network.modules():   # statistics that folding has to carry over
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean.uniform_(-0.2, 0.2)
+            layer.running_var.uniform_(0.5, 2.0)
+            layer.weight.data.uniform_(0.5, 1.5)
+            layer.bias.data.uniform_(-0.3, 0.3)
+    return network.eval()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_folding_and_layout_keep_the_function(channels_last):
+    torch.manual_seed(0)
+    network = resnet()
+    voter = Voter(BaseClassifier(network), Performance(channels_last=channels_last))
+    x = torch.rand(5, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(voter(x), network(x), atol=1e-4, rtol=1e-4)
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in voter.modules())
+    assert any(isinstance(part, torch.nn.BatchNorm2d) for part in network.modules())   # the user's own is left alone
+    with torch.no_grad():
+        network.linear.bias += 100.0
+    assert float(voter(x).max()) < 90.0
+
+
+def test_transforms_take_part():
+    base = BaseClassifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2)), Normalize(0.5, 0.25)).eval()
+    x = torch.rand(4, 3, 2, 2)
+    assert torch.allclose(Voter(base, Performance(channels_last=True))(x), base(x), atol=1e-6)
+
+
+def test_certificates_and_predictions_use_the_same_network():
+    network = digits_network()
+    plain = smooth(network)
+    for performance in (Performance(channels_last=True), Performance(dtype="bfloat16")):
+        fast = smooth(network, performance=performance)
+        seen = []
+        voter = fast._voter()
+        voter.register_forward_hook(lambda *call, seen=seen: seen.append(len(call[2])))
+        counts = fast.certificates(X[:5], n=500, seed=3).count
+        predicted = len(seen)
+        fast.predict(X[:5], seed=3)
+        assert len(seen) > predicted > 0
+        assert fast._voter() is voter
+        difference = np.abs(counts - plain.certificates(X[:5], n=500, seed=3).count)
+        assert difference.max() <= (2 if performance.dtype == "float32" else 40)
+
+
+def test_bfloat16_is_another_network_and_float32_noise():
+    """Its votes are its own, and its noise is that of float32: only the network rounds."""
+    network = digits_network()
+    fast = Voter(BaseClassifier(network).eval(), Performance(dtype="bfloat16"))
+    x = torch.rand(64, 1, 8, 8)
+    with torch.no_grad():
+        logits, exact = fast(x), network(x)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, exact)
+    assert torch.allclose(logits, exact, atol=0.05, rtol=0.05)
+
+
+def test_training_reaches_the_voter():
+    network = digits_network()
+    estimator = smooth(
+        network, optimizer=torch.optim.SGD(network.parameters(), lr=0.5), performance=Performance(channels_last=True)
+    )
+    before = estimator.certificates(X[:3], n=500, seed=0).count
+    estimator.fit(X[:256], Y[:256], nb_epochs=2)
+    after = estimator.certificates(X[:3], n=500, seed=0).count
+    assert not np.array_equal(before, after)
+    plain = smooth(network).certificates(X[:3], n=500, seed=0).count
+    assert np.abs(after - plain).max() <= 2
+    estimator.set_params(preprocessing=(0.5, 0.1))
+    assert not np.array_equal(estimator.certificates(X[:3], n=500, seed=0).count, after)
+    for twin in (copy.deepcopy(estimator), pickle.loads(pickle.dumps(estimator))):
+        assert twin.performance == Performance(channels_last=True)
+        assert np.array_equal(
+            twin.certificates(X[:3], n=500, seed=0).count, estimator.certificates(X[:3], n=500, seed=0).count
+        )
+
+
+def test_measured_block_is_whole_chunks_or_the_default():
+    rows = measure_block(digits_network().eval(), (1, 8, 8), torch.device("cpu"))
+    assert rows in (100, 500, 1000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"dtype": "float64"}, ValueError, "dtype must be one of float32, bfloat16, float16"),
+        ({"dtype": "int8"}, ValueError, "dtype must be one of"),
+        ({"block": 0}, ValueError, "block must be at least 1"),
+        ({"block": 1.5}, TypeError, "block must be an integer"),
+    ],
+)
+def test_bad_settings_are_named(settings, error, words):
+    with pytest.raises(error, match=words):
+        Performance(**settings)
+
+
+def test_half_precision_needs_a_gpu():
+    with pytest.raises(ValueError, match="float16 needs a GPU"):
+        smooth(digits_network(), performance=Performance(dtype="float16"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_compiled_networks_vote_alike():
+    network = digits_network()
+    compiled = smooth(network, performance=Performance(compile=True))
+    counts = compiled.certificates(X[:4], n=1_000, seed=1).count
+    assert np.abs(counts - smooth(network).certificates(X[:4], n=1_000, seed=1).count).max() <= 2
+    assert np.array_equal(compiled.certificates(X[:4], n=1_000, seed=1, batch_size=2).count, counts)
