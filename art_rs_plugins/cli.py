@@ -94,7 +94,7 @@ def certify(
         weights=weights,
         sigma=sigma,
         n=n,
-        n0=n0 or (100 if tolerance is None else 500),
+        n0=(100 if tolerance is None else 500) if n0 is None else n0,
         alpha=alpha,
         examples=examples,
         seed=seed,
@@ -137,20 +137,23 @@ def report(
     format: Annotated[str, typer.Option(help="html, md, csv, latex, json or parquet.")] = "html",
 ) -> None:
     """Redraw records, and the attacks on them, without a model."""
+    from art_rs_plugins.benchmark.audits import load_audits
     from art_rs_plugins.benchmark.records import read_record
-    from art_rs_plugins.benchmark.report import load_audit, render, write_report
+    from art_rs_plugins.benchmark.report import render, write_report
 
     found = [read_record(path) for path in records]
-    audits = [load_audit(path) for path in records]
+    audits, notes = load_audits(found)
     if output is None:
-        typer.echo(render(found, format, audits=audits))
+        typer.echo(render(found, format, audits=audits, notes=notes))
     else:
-        write_report(found, format, output, audits=audits)
+        write_report(found, format, output, audits=audits, notes=notes)
     _finish([known for known in audits if known is not None])
 
 
 def _finish(audits: list[Any]) -> None:
     """Say how many certificates were contradicted, and fail if any was."""
+    from art_rs_plugins.benchmark.tables import count_cases
+
     cases = [case for found in audits for case in found.contradictions]
     if cases:
         for case in cases:
@@ -160,6 +163,7 @@ def _finish(audits: list[Any]) -> None:
                 fg="red",
                 err=True,
             )
+        typer.secho(f"Contradictions: {count_cases(audits)}", fg="red", err=True)
         raise typer.Exit(1)
 
 

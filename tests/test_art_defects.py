@@ -18,19 +18,26 @@
 | certify: statsmodels | undeclared dependency | repaired | statsmodels_is_not_needed |
 | fit: float64 | crash | repaired | fit_takes_float64_and_soft_labels |
 | fit_generator | trains without noise | repaired | trainers_meet_the_noise |
-| AdversarialTrainer TRADES / AWP / FBF | train without noise | repaired | trainers_meet_the_noise |
+| AdversarialTrainer TRADES / AWP / OAAT | train without noise | repaired | trainers_meet_the_noise |
+| AdversarialTrainer FBF | trains in whatever mode it finds: after model.train() under fresh noise, after model.eval() on the smoothed score with its fixed bank | kept | fbf_trains_in_the_mode_it_finds |
+| TRADES / AWP with a scheduler of torch 2 | "Invalid Pytorch scheduler": looks for a class that StepLR left | ART's own | schedulers_of_torch_are_refused_by_trades_and_awp |
+| AdversarialTrainer with an attack on attack_view | another estimator to ART: examples are made once, before training | kept | attacks_on_the_view_are_precomputed |
 | AutoPGD(ce, dlr), Brendel-Bethge, AutoAttack | attack the undefended network | repaired | model_is_the_smoothed_classifier |
-| C&W, DeepFool on the estimator | crash | see view | test_attacks |
-| Square, HopSkipJump, Boundary on the estimator | flat scores, abstention = class 0 | see view | test_attacks |
+| AutoPGD(ce, dlr), Brendel-Bethge, AutoAttack on the estimator | refuse probabilities, unless the all-ones input abstains | see view | test_attacks: refusals_hang_on_one_input |
+| C&W, DeepFool on the estimator | crash | see view | test_attacks: what_the_other_attacks_do_... |
+| Square, HopSkipJump, Boundary on the estimator | flat scores, abstention = class 0 | see view | test_attacks: what_the_other_attacks_do_... |
 | clone_for_refitting, set_params | derived state goes stale | repaired | test_estimator: params_and_clones_..., set_... |
 | pickle, deepcopy | leave files in the data folder, not portable | repaired | test_estimator: copies_carry_everything_... |
 | two NumPy defences | NotImplementedError | repaired | any_defence_sits_behind_the_noise |
 | FeatureSqueezing under NumPy 2 | crash (double and float) | repaired | any_defence_sits_behind_the_noise |
 | JpegCompression | crash on negative noisy pixels | repaired | any_defence_sits_behind_the_noise |
 | per-channel mean where width equals channels | normalises the columns | repaired | means_belong_to_channels |
+| (n, t, c, h, w) inputs, mean for each channel | means belong to the first axis, t | refused | clips_with_time_first |
 | augmentation=True beside smoothing noise | noise of two kinds adds up | kept | augmentations_change_training_data_alone |
 | postprocessing_defences | take part in some paths only | refused | postprocessors_are_refused |
-| metrics: clever_u | crash (class_gradient) | repaired | metrics_run |
+| metrics: clever_u | crash (class_gradient) | repaired | metrics_are_those_of_a_half_space |
+| metrics: adversarial_accuracy | counts an abstention as class 0 | ART's own | abstentions_are_class_zero_to_arts_metrics |
+| detectors | nothing: activations of the base network at clean inputs | kept | detectors_run |
 """
 
 from __future__ import annotations
@@ -44,6 +51,7 @@ import pytest
 import torch
 from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescent
 from art.data_generators import NumpyDataGenerator, PyTorchDataGenerator
+from art.defences.detector.evasion import BinaryActivationDetector, BinaryInputDetector
 from art.defences.postprocessor import HighConfidence
 from art.defences.preprocessor import (
     FeatureSqueezing,
@@ -57,13 +65,15 @@ from art.defences.trainer import (
     AdversarialTrainerAWPPyTorch,
     AdversarialTrainerFBFPyTorch,
     AdversarialTrainerMadryPGD,
+    AdversarialTrainerOAATPyTorch,
     AdversarialTrainerTRADESPyTorch,
 )
 from art.estimators.classification import PyTorchClassifier
-from art.metrics import clever_u, empirical_robustness, loss_sensitivity
+from art.metrics import adversarial_accuracy, clever_u, empirical_robustness, loss_sensitivity
 from support import X, Y, digits_network, recording, smooth
 from torch import nn
 
+from art_rs_plugins import PyTorchSmoothedClassifier
 from art_rs_plugins.smoothing.performance import Performance
 
 HALF = np.full((64, 1, 8, 8), 0.5, np.float32)
@@ -90,13 +100,13 @@ def test_sigma_means_the_same_everywhere(preprocessing):
     assert recorder.std() == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["numpy", "loader", "madry", "adversarial", "trades", "awp", "fbf"])
+@pytest.mark.parametrize("kind", ["numpy", "loader", "madry", "adversarial", "trades", "awp", "oaat"])
 def test_trainers_meet_the_noise(kind, monkeypatch):
     recorder, estimator = recording(clip_values=(0, 1))
     one_hot = np.eye(10, dtype=np.float32)[LABELS]
     tiny = {"eps": 1e-3, "eps_step": 1e-3}
     pgd = ProjectedGradientDescent(estimator, max_iter=1, verbose=False, **tiny)
-    proxy = copy.deepcopy(estimator)
+    proxy, other = copy.deepcopy(estimator), copy.deepcopy(estimator)
     trained = []
     forward = recorder.forward
 
@@ -127,11 +137,66 @@ def test_trainers_meet_the_noise(kind, monkeypatch):
     elif kind == "awp":
         trainer = AdversarialTrainerAWPPyTorch(estimator, proxy, pgd, mode="PGD", gamma=0.01, beta=1.0, warmup=0)
         trainer.fit(HALF, one_hot, nb_epochs=1, batch_size=32)
-    else:   # ART's FBF trains in eval mode: on the smoothed score
-        monkeypatch.setattr(estimator.model, "training", True)
-        AdversarialTrainerFBFPyTorch(estimator, eps=1e-3).fit(HALF, one_hot, nb_epochs=1, batch_size=32)
+    else:
+        settings = {
+            "epsilon": 1e-3, "i_epsilon": 1e-3, "alternate_iter_eps": 1.0, "max_iter": 1,
+            "beta": 1.0, "awp_gamma": 0.01, "awp_warmup": 0, "oaat_warmup": 0, "mixup_epsilon": 1e-3,
+            "lr": 1e-3, "lr_schedule": "cosine", "momentum": 0.0, "weight_decay": 0.0,
+            "list_swa_epoch": [], "list_swa_tau": [], "swa_save_epoch": 9,
+        }   # fmt: skip
+        trainer = AdversarialTrainerOAATPyTorch(estimator, proxy, other, [], pgd, settings)
+        trainer.fit(HALF, one_hot, nb_epochs=1, batch_size=32)
     assert len(trained) >= 2
     assert np.mean(trained) == pytest.approx(0.5, rel=0.03)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fbf_trains_in_the_mode_it_finds(training, monkeypatch):
+    recorder, estimator = recording(clip_values=(0, 1), bank_samples=15)
+    estimator.model.train(training)
+    steps, before = [], recorder.linear.weight.detach().clone()
+    forward = recorder.forward
+
+    def remember(x: torch.Tensor) -> torch.Tensor:
+        if not x.requires_grad:   # a step of training, not the gradient that its attack asks for
+            steps.append(x.detach().flatten(1))
+        return forward(x)
+
+    monkeypatch.setattr(recorder, "forward", remember)
+    AdversarialTrainerFBFPyTorch(estimator, eps=1e-3).fit(
+        HALF, np.eye(10, dtype=np.float32)[LABELS], nb_epochs=1, batch_size=32
+    )
+    first, second = steps
+    assert len(first) == (32 if training else 15 * 32)
+    assert float(first.std()) == pytest.approx(0.5, rel=0.08)
+    assert torch.allclose(first, second, atol=5e-3) is not training   # the inputs differ by 2 eps at most
+    assert not torch.equal(recorder.linear.weight, before)
+    assert estimator.model.training is training
+
+
+def test_schedulers_of_torch_are_refused_by_trades_and_awp():
+    _, estimator = recording(clip_values=(0, 1))
+    pgd = ProjectedGradientDescent(estimator, max_iter=1, eps=1e-3, eps_step=1e-3, verbose=False)
+    scheduler = torch.optim.lr_scheduler.StepLR(estimator.optimizer, step_size=1)
+    awp = AdversarialTrainerAWPPyTorch(
+        estimator, copy.deepcopy(estimator), pgd, mode="PGD", gamma=0.01, beta=1.0, warmup=0
+    )
+    for trainer in (AdversarialTrainerTRADESPyTorch(estimator, pgd, beta=1.0), awp):
+        with pytest.raises(ValueError, match="Invalid Pytorch scheduler"):
+            trainer.fit(HALF, np.eye(10, dtype=np.float32)[LABELS], nb_epochs=1, scheduler=scheduler)
+
+
+def test_attacks_on_the_view_are_precomputed(monkeypatch):
+    _, estimator = recording(clip_values=(0, 1))
+    one_hot = np.eye(10, dtype=np.float32)[LABELS]
+    for target, times in ((estimator, [32] * 6), (estimator.attack_view(), [64])):
+        attack = FastGradientMethod(target, eps=1e-3)
+        generate, calls = attack.generate, []
+        monkeypatch.setattr(
+            attack, "generate", lambda x, y, calls=calls, make=generate: calls.append(len(x)) or make(x, y)
+        )
+        AdversarialTrainer(estimator, attack, ratio=1.0).fit(HALF, one_hot, nb_epochs=3, batch_size=32)
+        assert calls == times
 
 
 def test_adversarial_training_draws_fresh_noise_for_every_batch():
@@ -244,6 +309,20 @@ def test_means_belong_to_channels():
     assert torch.allclose(last.model.f(x), network((x - centre) / width), atol=1e-6)
 
 
+def test_clips_with_time_first():
+    """(t, c, h, w) certifies as it is; a mean for each channel would be taken for one of each moment."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(2 * 3 * 4 * 4, 2))
+    x = np.random.default_rng(0).random((3, 2, 3, 4, 4), dtype=np.float32)
+    assert np.all(smooth(network, (2, 3, 4, 4), 2).certificates(x, n=100).n == 100)
+    mean, std = np.array([0.1, 0.2, 0.3]), np.array([1.0, 2.0, 4.0])
+    with pytest.raises(ValueError, match="mean has 3 entries, but x has 2 channels"):
+        smooth(network, (2, 3, 4, 4), 2, preprocessing=(mean, std))
+    shaped = smooth(network, (2, 3, 4, 4), 2, preprocessing=(mean[:, None, None], std[:, None, None]))
+    centre, width = (torch.tensor(part).float().view(3, 1, 1) for part in (mean, std))
+    clips = torch.from_numpy(x)
+    assert torch.allclose(shaped.model.f(clips), network((clips - centre) / width), atol=1e-6)
+
+
 def test_augmentations_change_training_data_alone():
     recorder, estimator = recording(
         preprocessing_defences=[
@@ -261,15 +340,70 @@ def test_postprocessors_are_refused():
         smooth(digits_network(), postprocessing_defences=HighConfidence(cutoff=0.2))
 
 
-@pytest.mark.filterwarnings("ignore:Precision loss:RuntimeWarning")   # clever_u fits a distribution to few maxima
-def test_metrics_run():
-    network = digits_network()
-    estimator = smooth(network, clip_values=(0, 1), bank_samples=4, scale=0.01)   # votes as steady as ART expects
-    score = clever_u(estimator, X[0], nb_batches=5, batch_size=4, radius=0.3, norm=2, verbose=False)
-    assert score >= 0.0
-    robust = empirical_robustness(estimator, X[:4], attack_name="fgsm", attack_params={"eps": 0.1, "norm": 2})
-    assert robust >= 0.0
-    assert loss_sensitivity(estimator, X[:4], np.eye(10, dtype=np.float32)[Y[:4]]) > 0.0
+def half_space(**settings) -> PyTorchSmoothedClassifier:
+    """Class 0 where the mean of 4 x 4 pixels is above 1/2: the distance is 4 (mean - 1/2), the logits' slope 6."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    with torch.no_grad():
+        network[1].weight.copy_(torch.tensor([[0.75], [-0.75]]).expand(2, 16))
+        network[1].bias.copy_(torch.tensor([-6.0, 6.0]))
+    return smooth(network, (1, 4, 4), 2, clip_values=(0, 1), scale=0.01, **settings)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:scipy.*")   # clever_u fits a distribution to maxima that are equal
+def test_metrics_are_those_of_a_half_space():
+    estimator = half_space(bank_samples=64)
+    x = np.full((1, 1, 4, 4), 0.55, np.float32)   # at distance 0.2
+    settings = {"nb_batches": 3, "batch_size": 4, "radius": 0.1, "norm": 2, "verbose": False}
+    view = estimator.attack_view()
+    assert clever_u(view, x[0], **{**settings, "radius": 0.3}) == pytest.approx(0.2, rel=0.05)
+    assert clever_u(view, x[0], **settings) == pytest.approx(0.1)   # never more than the radius
+    votes = clever_u(estimator, x[0], **{**settings, "radius": 0.3})   # scores one and zero, over the slope of soft ones
+    assert votes == pytest.approx(1 / 6, rel=0.05)
+    robust = empirical_robustness(
+        estimator, x, attack_name="fgsm", attack_params={"eps": 0.5, "eps_step": 0.02, "norm": 2}
+    )
+    assert 0.2 <= robust * np.linalg.norm(x) <= 0.2 + 2 * 0.02 + 0.01
+    logit = 6 * 0.2
+    expected = 6 / (1 + np.exp(logit))   # slope of the cross-entropy of the right class
+    assert loss_sensitivity(estimator, x, np.array([[1.0, 0.0]], np.float32)) == pytest.approx(expected, rel=0.05)
+
+
+def test_abstentions_are_class_zero_to_arts_metrics():
+    class Undecided(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(x), 10)
+
+    class Still:
+        def generate(self, x: np.ndarray) -> np.ndarray:
+            return x.copy()
+
+    estimator = smooth(Undecided())
+    assert estimator.predictions(X[:4], seed=0).abstained.all()
+    labels = np.zeros(4, np.int64)
+    assert adversarial_accuracy(estimator, X[:4], labels, attack_crafter=Still()) == 1.0
+    assert estimator.certificates(X[:4], n=100).abstained.all()
+
+
+def test_detectors_run():
+    """A smoothed detector meets the noise in training; activations are those of the base network at clean inputs."""
+    recorder, detector = recording(classes=2)
+    clean = np.arange(64) % 2
+    both = np.eye(2, dtype=np.float32)[clean]
+    inputs = BinaryInputDetector(detector)
+    inputs.fit(HALF, both, nb_epochs=1, batch_size=32)
+    assert recorder.std() == pytest.approx(0.5, rel=0.03)
+    report, found = inputs.detect(HALF[:5])
+    assert report["predictions"].shape == (5, 2)
+    assert found.shape == (5,)
+    estimator = smooth(digits_network())
+    head = nn.Sequential(nn.Flatten(), nn.Linear(256, 2))
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    plain = PyTorchClassifier(head, nn.CrossEntropyLoss(), (16, 4, 4), 2, optimizer=optimizer, device_type="cpu")
+    activations = BinaryActivationDetector(estimator, plain, layer=1)
+    activations.fit(X[:64], both, nb_epochs=1, batch_size=32)
+    report, _ = activations.detect(X[:5])
+    at_layer = estimator.model.base[:2](torch.from_numpy(X[:5])).detach().numpy()
+    assert np.allclose(report["predictions"], plain.predict(at_layer), atol=1e-5)
 
 
 def test_private_attributes_of_art_are_still_there():

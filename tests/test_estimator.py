@@ -9,11 +9,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from art.data_generators import NumpyDataGenerator, PyTorchDataGenerator
+from art.defences.postprocessor import HighConfidence
+from art.defences.preprocessor import FeatureSqueezing
 from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
 from art.estimators.classification import PyTorchClassifier
 from art.estimators.estimator import BaseEstimator, LossGradientsMixin, NeuralNetworkMixin
 from scipy.stats import binom
-from support import TEST, TRAIN, X, Y, digits_network, smooth
+from support import TEST, TRAIN, X, Y, digits_network, recording, smooth
 from torch import nn
 
 from art_rs_plugins import Certificates, OneSided, PyTorchSmoothedClassifier, SmoothedModule
@@ -21,12 +24,18 @@ from art_rs_plugins.smoothing.performance import Performance
 
 
 @pytest.fixture(scope="module")
-def trained() -> PyTorchSmoothedClassifier:
+def fitted() -> PyTorchSmoothedClassifier:
     network = digits_network()
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     estimator = smooth(network, optimizer=optimizer, clip_values=(0, 1))
     estimator.fit(X[TRAIN], Y[TRAIN], nb_epochs=15, batch_size=64)
     return estimator
+
+
+@pytest.fixture
+def trained(fitted) -> PyTorchSmoothedClassifier:
+    """A copy for each test, which may do to it what it likes."""
+    return copy.deepcopy(fitted)
 
 
 def linear(scale: float = 0.5, **settings) -> PyTorchSmoothedClassifier:
@@ -245,17 +254,16 @@ def test_bad_numbers_are_named(trained, settings, error, words):
         ({"alpha": float("nan")}, ValueError, "alpha must lie strictly between 0 and 1"),
         ({"sample_size": 0}, ValueError, "sample_size must be at least 1"),
         ({"sample_size": 32.0}, TypeError, "sample_size must be an integer"),
-        ({"bank_samples": 0}, ValueError, "samples must be at least 1"),
+        ({"bank_samples": 0}, ValueError, "bank_samples must be at least 1, got 0"),
+        ({"bank_samples": 4.0}, TypeError, "bank_samples must be an integer"),
         ({"performance": 3}, TypeError, "performance must be a Performance"),
     ],
 )
 def test_bad_settings_are_named(settings, error, words):
     with pytest.raises(error, match=words):
         smooth(digits_network(), **settings)
-    name, value = next(iter(settings.items()))
-    if name != "bank_samples":
-        with pytest.raises(error, match=words):
-            smooth(digits_network()).set_params(**{name: value})
+    with pytest.raises(error, match=words):
+        smooth(digits_network()).set_params(**settings)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +284,7 @@ def test_bad_labels_are_named(trained, y, error, words):
 
 
 def test_networks_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"model must return shape .* \(m, 7\), got \(2, 10\)"):
+    with pytest.raises(ValueError, match=r"model must return shape .* \(m, 7\), got \(\d+, 10\)"):
         smooth(digits_network(), classes=7)
     with pytest.raises(ValueError, match=r"model cannot take inputs of input_shape \(3, 8, 8\)"):
         smooth(digits_network(), (3, 8, 8))
@@ -287,11 +295,80 @@ def test_networks_that_do_not_fit_are_named():
         smooth(mixing).certificates(X[:2], n=100)
 
 
+def test_a_network_with_randomness_of_its_own_is_refused():
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = digits_network()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.network(nn.functional.dropout(x, 0.2, training=True))
+
+    for ask in ("certificates", "predictions"):
+        with pytest.raises(ValueError, match="another output when it is asked again"):
+            getattr(smooth(Dropping()), ask)(X[:2], n=100)
+
+
+def test_devices_and_losses_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"device_type must be .*'cuda:7'"):
+        smooth(digits_network(), device_type="cuda:7")
+    with pytest.raises(ValueError, match="loss must reduce to a scalar"):
+        PyTorchSmoothedClassifier(digits_network(), nn.CrossEntropyLoss(reduction="none"), (1, 8, 8), 10)
+
+
+def test_every_label_needs_its_input(trained):
+    for ask in (trained.loss_gradient, trained.compute_loss):
+        for y in (Y[:3], np.eye(10, dtype=np.float32)[Y[:1]]):
+            with pytest.raises(ValueError, match="x and y must have the same length, got 2 and"):
+                ask(X[:2], y)
+    for label in ([1, 2, 3], [1], [[1], [2]]):
+        with pytest.raises(ValueError, match=r"label must .* shape \(2,\)"):
+            trained.class_gradient(X[:2], label)
+    with pytest.raises(ValueError, match="nb_epochs must be at least 1, got 0"):
+        trained.fit(X[:2], Y[:2], nb_epochs=0)
+    with pytest.raises(TypeError, match="nb_epochs must be an integer"):
+        trained.fit(X[:2], Y[:2], nb_epochs=1.5)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (3,), (3, 4, 4)], ids=["broadcast", "channel", "feature"])
+def test_clip_values_may_belong_to_channels(shape):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    tops = np.arange(1.0, 4.0)[:, None, None] * np.ones((3, 4, 4))
+    low, high = np.zeros(shape), (np.arange(1.0, 4.0).reshape(shape) if np.prod(shape) == 3 else tops)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    estimator = smooth(network, (3, 4, 4), 2, optimizer=optimizer, clip_values=(low, high))
+    x = np.stack([tops, tops / 2]).astype(np.float32)
+    y = np.array([0, 1])
+    beyond, inside = x.copy(), x.copy()
+    beyond[1, 0, 0, 0] = inside[1, 1, 0, 0] = 1.5   # more than the first channel may be, less than the second may
+    for act in (lambda z: estimator.certificates(z, n=100), lambda z: estimator.fit(z, y, nb_epochs=1)):
+        act(x)
+        act(inside)
+        with pytest.raises(ValueError, match="x must lie within clip_values"):
+            act(beyond)
+
+
+def test_clip_values_of_the_last_axis_and_of_no_axis():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    last = smooth(network, (4, 4, 3), 2, channels_first=False, clip_values=(np.zeros(3), np.array([1.0, 2.0, 3.0])))
+    x = np.broadcast_to(np.array([1.0, 2.0, 3.0], np.float32), (1, 4, 4, 3))
+    assert last.certificates(x, n=100).n[0] == 100
+    with pytest.raises(ValueError, match="x must lie within clip_values"):
+        last.certificates(x[..., ::-1], n=100)
+    for nonsense in ((5,), (2, 1, 1), (3, 4)):
+        with pytest.raises(ValueError, match=r"clip_values must be .*\(3, 4, 4\)"):
+            smooth(network, (3, 4, 4), 2, clip_values=(np.zeros(nonsense), np.ones(nonsense)))
+
+
 def test_hopeless_budgets_are_announced():
     with pytest.warns(UserWarning, match="sample_size=8 votes can never reach alpha"):
         estimator = smooth(digits_network(), sample_size=8)
     with pytest.warns(UserWarning, match="n=9 draws can never certify"):
         assert estimator.certificates(X[:2], n=9).abstained.all()
+    with pytest.warns(UserWarning, match="n=5 votes can never reach alpha"):
+        assert smooth(digits_network()).predictions(X[:2], n=5).abstained.all()
+    with pytest.warns(UserWarning, match="n=20 votes can never reach alpha=1e-06"):
+        smooth(digits_network()).predictions(X[:2], n=20, alpha=1e-6)
 
 
 def test_training_needs_an_optimizer():
@@ -319,6 +396,76 @@ def test_modes_return_as_they_were(trained):
     assert [part.training for part in network] == modes
 
 
+# ---------------------------------------------------------------------------------------------- training
+
+
+def normed() -> tuple[nn.Sequential, PyTorchSmoothedClassifier]:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+    return network, smooth(network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1))
+
+
+def test_training_mode_decides_over_batch_statistics():
+    for training_mode in (True, False):
+        network, estimator = normed()
+        mean, weight = network[2].running_mean.clone(), network[1].weight.detach().clone()
+        estimator.fit(X[:64], Y[:64], nb_epochs=1, training_mode=training_mode)
+        assert not torch.equal(network[1].weight, weight)
+        assert torch.equal(network[2].running_mean, mean) is not training_mode
+
+
+def test_drop_last_leaves_out_the_short_batch():
+    for drop_last, sizes in ((False, [32, 32, 6]), (True, [32, 32])):
+        recorder, estimator = recording()
+        estimator.fit(X[:70], Y[:70], nb_epochs=1, batch_size=32, drop_last=drop_last)
+        assert [len(seen) for seen in recorder.seen] == sizes
+        assert [epoch.inputs for epoch in estimator.history_] == [sum(sizes)]
+
+
+def test_schedulers_step_once_an_epoch():
+    def generator() -> NumpyDataGenerator:
+        return NumpyDataGenerator(X[:64], np.eye(10, dtype=np.float32)[Y[:64]], batch_size=32)
+
+    for train in (
+        lambda e, **settings: e.fit(X[:64], Y[:64], batch_size=32, **settings),
+        lambda e, **settings: e.fit_generator(generator(), **settings),
+    ):
+        _, estimator = normed()
+        scheduler = torch.optim.lr_scheduler.StepLR(estimator.optimizer, step_size=1, gamma=0.5)
+        train(estimator, nb_epochs=3, scheduler=scheduler)
+        assert estimator.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**3)
+        assert len(estimator.history_) == 3
+
+
+def test_generators_give_whole_epochs():
+    one_hot = np.eye(10, dtype=np.float32)[Y[:70]]
+    recorder, estimator = recording()
+    estimator.fit_generator(NumpyDataGenerator(X[:70], one_hot, batch_size=16), nb_epochs=3)
+    assert [len(seen) for seen in recorder.seen] == [16] * (70 // 16) * 3
+    recorder, estimator = recording()
+    data = torch.utils.data.TensorDataset(torch.from_numpy(X[:70]), torch.from_numpy(one_hot))
+    loader = torch.utils.data.DataLoader(data, batch_size=16)
+    estimator.fit_generator(PyTorchDataGenerator(loader, size=70, batch_size=16), nb_epochs=2)
+    assert [len(seen) for seen in recorder.seen] == [16, 16, 16, 16, 6] * 2
+
+
+@pytest.mark.parametrize("apply_fit", [False, True])
+def test_defences_take_part_in_training_only_if_they_ask_for_it(apply_fit):
+    squeeze = FeatureSqueezing(clip_values=(0, 1), bit_depth=1, apply_fit=apply_fit, apply_predict=True)
+    recorder, estimator = recording(clip_values=(0, 1), preprocessing_defences=squeeze)
+
+    def squeezed() -> bool:
+        values, recorder.seen = torch.cat(recorder.seen), []
+        return bool(((values == 0) | (values == 1)).all())
+
+    estimator.fit(X[:64], Y[:64], nb_epochs=1)
+    assert squeezed() is apply_fit
+    estimator.predict(X[:4])
+    assert squeezed()
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
 def test_batch_norm_is_certified_in_eval_mode_even_after_training():
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
     estimator = smooth(network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1))
@@ -333,7 +480,7 @@ def test_batch_norm_is_certified_in_eval_mode_even_after_training():
 
 
 def test_set_params_reach_what_depends_on_them(trained):
-    estimator = copy.deepcopy(trained)
+    estimator = trained
     estimator.set_params(scale=0.5, alpha=0.01, sample_size=200, performance=Performance(block=64), bank_samples=4)
     assert estimator.model.sigma == 0.5
     assert estimator.model.samples == 4
@@ -345,6 +492,106 @@ def test_set_params_reach_what_depends_on_them(trained):
     assert float(estimator.model.f.transform[0].std) == 0.25
     with pytest.raises(ValueError, match="Unexpected parameter"):
         estimator.set_params(sigma=1.0)
+
+
+def state(estimator: PyTorchSmoothedClassifier) -> dict[str, object]:
+    """All that `set_params` could have left behind."""
+    found = {name: value for name, value in estimator.get_params().items() if name != "clip_values"}
+    layers = () if estimator.model.f.transform is None else tuple(estimator.model.f.transform)
+    return {
+        **found,
+        "clip_values": None if estimator.clip_values is None else tuple(np.asarray(estimator.clip_values).tolist()),
+        "transform": [(type(layer), float(getattr(layer, "std", 0.0))) for layer in layers],
+        "probabilities": estimator.model.probabilities,
+        "device": estimator.device,
+        "votes": estimator.predictions(X[:3], n=100, seed=0).votes.tolist(),
+        "gradient": estimator.class_gradient(X[:1], 0).tolist(),
+    }
+
+
+def rich() -> PyTorchSmoothedClassifier:
+    return smooth(
+        digits_network(),
+        clip_values=(0, 1),
+        preprocessing=(0.4, 0.25),
+        preprocessing_defences=FeatureSqueezing(clip_values=(0, 1), bit_depth=4),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scale": 0.5, "nb_classes": 7}, "model must return shape"),
+        ({"scale": 0.5, "alpha": 2.0}, "alpha must lie"),
+        ({"scale": 0.5, "postprocessing_defences": HighConfidence(cutoff=0.2)}, "postprocessing_defences"),
+        ({"preprocessing": (0.0, 1.0), "preprocessing_defences": None, "nb_classes": 7}, "model must return shape"),
+        ({"bank_samples": 4, "seed": -1}, "seed must lie"),
+        ({"sample_size": 200, "clip_values": (1.0, 0.0)}, "clip_values"),
+        ({"alpha": 0.01, "sigma": 1.0}, "Unexpected parameter"),
+    ],
+)
+def test_set_params_changes_everything_or_nothing(changes, words):
+    estimator = rich()
+    before = state(estimator)
+    with pytest.raises(ValueError, match=words):
+        estimator.set_params(**changes)
+    assert state(estimator) == before
+
+
+def test_set_params_with_its_own_params_changes_nothing():
+    estimator = rich()
+    before, network = state(estimator), estimator.model.base
+    estimator.set_params(**estimator.get_params())
+    assert state(estimator) == before
+    assert estimator.model.base is network
+    with pytest.raises((ValueError, TypeError), match="construct a new estimator"):
+        estimator.set_params(model=digits_network(seed=1))
+    assert state(estimator) == before
+
+
+def test_preprocessing_is_never_lost_on_the_way_to_another_estimator():
+    network = digits_network()
+    estimator = smooth(network, preprocessing=(0.4, 0.25))
+    votes = estimator.predictions(X[:5], n=300, seed=0).votes
+    assert not np.array_equal(smooth(network).predictions(X[:5], n=300, seed=0).votes, votes)
+    with pytest.raises(ValueError, match=r"transform.*preprocessing"):
+        smooth(estimator.model)
+    with pytest.raises((ValueError, TypeError), match="wrap the estimator itself"):
+        PyTorchSmoothedClassifier.from_classifier(estimator.attack_view())
+    for twin in (
+        smooth(estimator.model, preprocessing=(0.4, 0.25)),
+        PyTorchSmoothedClassifier.from_classifier(estimator),
+        PyTorchSmoothedClassifier(**estimator.get_params()),
+    ):
+        assert twin.model.base is network
+        assert np.array_equal(twin.predictions(X[:5], n=300, seed=0).votes, votes)
+    bare = smooth(smooth(network).model)   # nothing to lose
+    assert bare.model.base is network
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        (np.array(3.0), 0.5),
+        (3.0, np.array(0.5)),
+        (np.array([1.0, 2.0, 3.0]), 0.5),
+        (0.5, np.array([1.0, 2.0, 4.0])),
+        (np.array([1.0, 2.0, 3.0]), np.array(0.5)),
+    ],
+)
+def test_mean_and_std_broadcast(mean, std):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    x = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    shaped = [torch.as_tensor(np.broadcast_to(part, 3).copy()).float().view(3, 1, 1) for part in (mean, std)]
+    found = smooth(network, (3, 2, 2), 2, preprocessing=(mean, std)).model.f(x)
+    assert torch.allclose(found, network((x - shaped[0]) / shaped[1]), atol=1e-6)
+
+
+def test_a_clone_does_not_guess_parameter_groups():
+    network = digits_network()
+    groups = [{"params": network[0].parameters(), "lr": 0.1}, {"params": network[2:].parameters(), "lr": 0.01}]
+    with pytest.raises(ValueError, match="parameter groups"):
+        smooth(network, optimizer=torch.optim.SGD(groups, lr=0.1)).clone_for_refitting()
 
 
 def test_params_and_clones_round_trip(trained):
@@ -433,6 +680,59 @@ def test_gradients_are_those_of_the_smoothed_score(trained):
     assert trained.compute_loss(x, y, reduction="mean") == pytest.approx(losses.mean(), rel=1e-5)
     expected = np.stack([-trained.class_gradient(x[i : i + 1], int(y[i]))[0, 0] for i in range(3)]) / 3
     assert np.allclose(trained.loss_gradient(x, y), expected, atol=1e-4)   # the loss is averaged over the batch
+
+
+def test_training_mode_takes_a_fresh_draw(trained):
+    for ask in (
+        lambda mode: trained.class_gradient(X[:2], 3, training_mode=mode),
+        lambda mode: trained.loss_gradient(X[:2], Y[:2], training_mode=mode),
+    ):
+        assert np.array_equal(ask(False), ask(False))
+        first, second = ask(True), ask(True)
+        assert not np.allclose(first, second)
+        assert not np.allclose(first, ask(False))
+
+
+def test_probabilities_are_told_from_logits_by_more_than_one_input():
+    ordinary = nn.Linear(4, 2)
+    with torch.no_grad():
+        ordinary.bias.copy_(torch.tensor([1.0, 0.0]))   # a probability vector, at the zero input
+    assert not smooth(ordinary, (4,), 2).model.probabilities
+
+    class OnTheSphere(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x / x.norm(dim=1, keepdim=True)).softmax(dim=1)   # NaN at the zero input
+
+    assert smooth(OnTheSphere(), (4,), 2).model.probabilities
+
+
+def test_half_precision_networks_give_single_precision_scores(trained):
+    x = X[TEST][:4]
+    expected = trained.attack_view().predict(x)
+    half = smooth(copy.deepcopy(trained.model.base).to(torch.bfloat16), clip_values=(0, 1))
+    scores = half.attack_view().predict(x)
+    assert scores.dtype == np.float32
+    assert np.allclose(np.exp(scores), np.exp(expected), atol=0.05)
+    assert np.allclose(np.exp(scores).sum(axis=1), 1.0, atol=1e-4)
+    found = half.certificates(x, n=500, seed=0)
+    assert np.array_equal(found.prediction, trained.certificates(x, n=500, seed=0).prediction)
+    assert half.loss_gradient(x, Y[TEST][:4]).dtype == np.float32
+    assert not half.model.probabilities
+
+
+def test_a_view_is_of_the_moment_it_was_made(trained):
+    x = X[TEST][:4]
+    view = trained.attack_view()
+    before = view.predict(x)
+    trained.set_params(scale=1.0)
+    assert view.model.sigma == 0.25
+    assert np.array_equal(view.predict(x), before)
+    assert trained.attack_view().model.sigma == 1.0
+    assert not np.allclose(trained.attack_view().predict(x), before)
 
 
 def test_sampling_false_is_the_bare_network(trained):

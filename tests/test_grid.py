@@ -18,6 +18,12 @@ from art_rs_plugins.theory.radii import gaussian_radius
 from art_rs_plugins.theory.rules import OneSided
 
 KEY = Key(1234, 5, Stage.ESTIMATION, 6)
+
+
+def copies_of(noise: GridGaussian, x: torch.Tensor, sigma: float, rows: int, key: Key) -> torch.Tensor:
+    """Noisy copies (rows, ...) of one input."""
+    return noise.draw(x[None], np.array([sigma]), rows, [key])
+
 N = 4_000_000
 CPU = torch.device("cpu")
 
@@ -107,7 +113,7 @@ def test_law_of_the_search_on_devices() -> None:
 
 def test_copies_are_the_same_from_either_kind_of_draw(monkeypatch) -> None:
     monkeypatch.setattr(grid, "_draw_by_lookup", lambda *wanted: grid._draw_by_search(*wanted, CPU).numpy())
-    copies = GridGaussian(0.5).noisy(torch.full((3, 5), 0.2), 0.5, 7, KEY)   # draws of int32, not int16
+    copies = copies_of(GridGaussian(0.5), torch.full((3, 5), 0.2), 0.5, 7, KEY)   # draws of int32, not int16
     sums = grid._draw_by_search(0.5, 105, KEY, CPU).view(7, 3, 5) + 51
     assert np.array_equal(copies.numpy(), sums.numpy().astype(np.float32) / np.float32(255))
 
@@ -117,7 +123,7 @@ def test_copies_are_the_same_from_either_kind_of_draw(monkeypatch) -> None:
 def test_on_a_gpu() -> None:
     assert p_value(grid._draw_by_search(0.5, N, KEY, torch.device("cuda")).cpu().numpy(), 0.5) > 1e-6
     x = torch.arange(256).float() / 255
-    copies = GridGaussian(0.5).noisy(x.cuda(), 0.5, 100, KEY)
+    copies = copies_of(GridGaussian(0.5), x.cuda(), 0.5, 100, KEY)
     assert copies.device.type == "cuda"
     assert torch.isin(copies.cpu(), torch.from_numpy(grid._cells(0.5).values)).all()
 
@@ -195,7 +201,7 @@ def images_of_sums(largest: int) -> tuple[int, int, int]:
 def test_integers_are_added_before_they_are_converted() -> None:
     assert images_of_sums(600) == (1456, 1195, 9)   # what addition in floats would show the network
     x = torch.arange(256).float() / 255
-    copies = GridGaussian(0.5).noisy(x, 0.5, 4000, KEY)
+    copies = copies_of(GridGaussian(0.5), x, 0.5, 4000, KEY)
     noise = torch.from_numpy(grid._draw_by_lookup(0.5, copies.numel(), KEY)).view(copies.shape).long()
     sums = (noise + torch.arange(256)).clamp(-765, 255 + 765)
     images = torch.unique(torch.stack([sums.double(), copies.double()]).flatten(1), dim=1)
@@ -206,12 +212,12 @@ def test_integers_are_added_before_they_are_converted() -> None:
 def test_only_the_integers_of_x_reach_the_network() -> None:
     k = torch.arange(256).float()
     noise = GridGaussian(0.5)
-    expected = noise.noisy(k / 255, 0.5, 3, KEY)
+    expected = copies_of(noise, k / 255, 0.5, 3, KEY)
     for x in (k * torch.tensor(1 / 255), (k / 255).nextafter(torch.tensor(2.0)), k.double() / 255, k / 255 - 3e-7):
         noise.check(x)
-        assert torch.equal(noise.noisy(x, 0.5, 3, KEY), expected)
+        assert torch.equal(copies_of(noise, x, 0.5, 3, KEY), expected)
     refused = torch.where(k == 0, -0.3, torch.where(k == 255, 1.7, (k + 0.4) / 255))
-    assert torch.equal(noise.noisy(refused, 0.5, 3, KEY), expected)   # even of inputs that `check` would have refused
+    assert torch.equal(copies_of(noise, refused, 0.5, 3, KEY), expected)   # though `check` would refuse
 
 
 def leaky(v: torch.Tensor) -> torch.Tensor:
@@ -297,7 +303,7 @@ def test_clip_ends(monkeypatch, sigma: float) -> None:
     x = torch.tensor([0.0, 1.0])
     for sign, end in ((1, 255 + cells.clip), (-1, -cells.clip)):
         for inputs in (x, x[0]):   # one number each must not narrow the integers
-            copies = GridGaussian(sigma).noisy(inputs, sigma, 2, Key(sign, 0, Stage.ESTIMATION, 0))
+            copies = copies_of(GridGaussian(sigma), inputs, sigma, 2, Key(sign, 0, Stage.ESTIMATION, 0))
             assert copies.unique().tolist() == [np.float32(end) / np.float32(255)]
 
 
@@ -314,7 +320,7 @@ def test_each_input_has_its_sigma_and_its_key() -> None:
     assert copies.shape == (14, 3, 4, 5)
     assert copies.dtype == torch.float32
     for row, (scale, key) in enumerate(zip((0.1, 0.5), keys, strict=True)):
-        assert torch.equal(copies[7 * row : 7 * row + 7], noise.noisy(x[row], scale, 7, key))
+        assert torch.equal(copies[7 * row : 7 * row + 7], copies_of(noise, x[row], scale, 7, key))
     spread = noise.draw(torch.full((2, 10_000), 0.2), noise.for_inputs(2), 10, keys).view(2, -1).std(1)
     assert spread.tolist() == pytest.approx([0.1, 0.5], rel=0.02)
 

@@ -12,7 +12,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from art_rs_plugins.benchmark.models import ResNet, build, load_weights, save_weights, weights_digest
+from art_rs_plugins.benchmark.models import (
+    ResNet,
+    build,
+    load_weights,
+    network_digest,
+    network_outputs,
+    read_training,
+    same_outputs,
+    save_weights,
+)
+from art_rs_plugins.smoothing.modules import Normalize
 
 SHARED = os.environ.get("ART_RS_SHARED_DATA", "")
 ART_DATA = os.environ.get("ART_DATA_PATH", "")
@@ -76,7 +86,7 @@ def test_small_networks_take_their_shapes(spec: str, shape: tuple[int, ...]) -> 
 def test_the_seed_decides_the_weights_and_touches_nothing_else() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    digests = [weights_digest(build("cnn", (1, 8, 8), 10, seed=seed)) for seed in (1, 1, 2)]
+    digests = [network_digest(build("cnn", (1, 8, 8), 10, seed=seed)) for seed in (1, 1, 2)]
     assert digests[0] == digests[1] != digests[2]
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -142,7 +152,7 @@ def test_saved_weights_come_back_with_their_metadata(tmp_path: Path) -> None:
     load_weights(second, tmp_path / "deep" / "net.safetensors")
     x = torch.rand(3, 1, 8, 8)
     assert torch.equal(first(x), second(x))
-    assert weights_digest(first) == weights_digest(second)
+    assert network_digest(first) == network_digest(second)
     with safe_open(tmp_path / "deep" / "net.safetensors", "pt") as file:
         assert file.metadata() == {"sigma": "0.25"}
     with pytest.raises(TypeError, match="metadata must map text to text"):
@@ -170,7 +180,7 @@ def test_state_dicts_of_other_tools_fit(tmp_path: Path, wrap: str) -> None:
     }
     torch.save(made[wrap], tmp_path / "net.pt")
     load_weights(target, tmp_path / "net.pt")
-    assert weights_digest(target) == weights_digest(source)
+    assert network_digest(target) == network_digest(source)
 
 
 class Holder(nn.Module):
@@ -185,10 +195,10 @@ class Holder(nn.Module):
 def test_weights_of_another_network_change_nothing(tmp_path: Path) -> None:
     save_weights(build("cnn", (1, 8, 8), 10, seed=1), tmp_path / "cnn.safetensors", {})
     same_names = build("cnn", (1, 8, 8), 5, seed=1)
-    before = weights_digest(same_names)
+    before = network_digest(same_names)
     with pytest.raises(ValueError, match=r"cnn\.safetensors does .*7\.weight has shape \(10, 64\), not \(5, 64\)"):
         load_weights(same_names, tmp_path / "cnn.safetensors")
-    assert weights_digest(same_names) == before
+    assert network_digest(same_names) == before
     with pytest.raises(ValueError, match=r"missing 1\.weight, .*unexpected 0\.bias and 7 more; build the network"):
         load_weights(build("mlp", (64,), 10, seed=1), tmp_path / "cnn.safetensors")
 
@@ -201,12 +211,12 @@ def test_a_truncated_file_is_named_wherever_it_was_cut(tmp_path: Path, kind: str
         save_weights(network, path, {})
     else:
         torch.save(network.state_dict(), path, _use_new_zipfile_serialization=kind == "zip")
-    data, before = path.read_bytes(), weights_digest(network)
+    data, before = path.read_bytes(), network_digest(network)
     for cut in (*range(0, 200, 7), *range(200, len(data), 211), len(data) - 9):
         path.write_bytes(data[:cut])
         with pytest.raises(ValueError, match=rf"net\.{kind} cannot be read as weights .* fetch or save it again"):
             load_weights(network, path)
-    assert weights_digest(network) == before
+    assert network_digest(network) == before
 
 
 def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
@@ -224,16 +234,78 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
 def test_the_digest_sees_names_shapes_and_values() -> None:
     base = nn.Linear(2, 2)
     state = {name: value.clone() for name, value in base.state_dict().items()}
-    digest = weights_digest(base)
+    digest = network_digest(base)
     with torch.no_grad():
         base.weight[0, 0] = torch.nextafter(base.weight[0, 0], torch.tensor(9.0))
-    assert weights_digest(base) != digest
+    assert network_digest(base) != digest
     base.load_state_dict(state)
-    assert weights_digest(base) == digest
-    assert weights_digest(base.to(torch.bfloat16)) != digest
+    assert network_digest(base) == digest
+    assert network_digest(base.to(torch.bfloat16)) != digest
     holder = Holder()
     holder.module.load_state_dict(state)
-    assert weights_digest(holder) != digest
+    assert network_digest(holder) != digest
+
+
+class Activated(nn.Module):
+    """Keeps a function where its printed form shows the function's address, or nothing at all."""
+
+    def __init__(self, function: object, *, shown: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.function, self.shown = function, shown
+
+    def extra_repr(self) -> str:
+        return repr(self.function) if self.shown else ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.linear(x))
+
+
+def test_the_digest_sees_buffers_that_are_no_weights_and_layers_without_any() -> None:
+    def network(mean: float, activation: nn.Module) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Normalize(mean, 1.0), nn.Linear(4, 4), activation, nn.Linear(4, 3))
+
+    plain = network(0.5, nn.ReLU())
+    assert network_digest(network(0.5, nn.ReLU())) == network_digest(plain)
+    assert network_digest(network(0.25, nn.ReLU())) != network_digest(plain)
+    assert network_digest(network(0.5, nn.Tanh())) != network_digest(plain)
+    assert network(0.25, nn.ReLU()).state_dict().keys() == plain.state_dict().keys()
+    # the address of a function is another one in each process
+    first, second = Activated(lambda x: x), Activated(lambda x: x)
+    second.load_state_dict(first.state_dict())
+    assert network_digest(first) == network_digest(second)
+
+
+def test_the_answers_see_what_a_network_does_not_print() -> None:
+    first, second = Activated(torch.relu, shown=False), Activated(torch.tanh, shown=False)
+    second.load_state_dict(first.state_dict())
+    assert network_digest(first) == network_digest(second)
+    answers = network_outputs(first, (4,))
+    assert len(answers) == 8
+    assert same_outputs(answers, network_outputs(first, (4,)))
+    assert not same_outputs(answers, network_outputs(second, (4,)))
+    assert same_outputs(answers, [value * (1 + 1e-5) for value in answers])
+    assert not same_outputs(answers, [])
+    assert not same_outputs(answers, [value + 0.01 * max(answers) for value in answers])
+    assert network_outputs(Activated(lambda x: x / 0.0 * 0.0), (4,)) == [0.0] * 8  # NaN is no JSON
+    training = first.training
+    network_outputs(first, (4,))
+    assert first.training == training
+
+
+def test_the_header_of_weights_is_read_back(tmp_path: Path) -> None:
+    network = build("mlp", (4,), 3, seed=1)
+    save_weights(network, tmp_path / "net.safetensors", {"sigma": "0.25"})
+    assert read_training(tmp_path / "net.safetensors") == {"sigma": "0.25"}
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    assert read_training(tmp_path / "net.pt") is None
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        read_training(tmp_path / "absent.safetensors")
+    data = (tmp_path / "net.safetensors").read_bytes()
+    (tmp_path / "torn.safetensors").write_bytes(data[:40])
+    with pytest.raises(ValueError, match=r"torn\.safetensors cannot be read as weights"):
+        read_training(tmp_path / "torn.safetensors")
 
 
 @needs_shared

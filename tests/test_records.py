@@ -16,20 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from art_rs_plugins.benchmark.records import (
-    RecordWriter,
-    companion,
-    digest,
-    read_manifest,
-    read_record,
-    to_certificates,
-    write_atomic,
-    write_parquet,
-)
+from art_rs_plugins.benchmark.files import companion, digest, write_atomic
+from art_rs_plugins.benchmark.records import read_manifest, read_record, rows_digest, to_certificates, write_parquet
+from art_rs_plugins.benchmark.writer import RecordWriter
 from art_rs_plugins.theory.certificates import Certificates, Kind
 
 CONFIG = {"data": "digits", "sigma": 0.25, "n": 1000, "budgets": (0.25, 0.5)}
-FACTS = {"device": "cpu", "weights_sha256": "ab", "command": "first"}
+FACTS = {"device": "cpu", "network_sha256": "ab"}
 HEADER = (
     "idx\tlabel\tpredict\tradius\tcorrect\ttime\tsigma\tp_lower\tp_upper\tcount\trunner_up_count\tn\tn0\talpha\tkind\tseed"
 )
@@ -214,7 +207,7 @@ def test_a_damaged_row_in_the_middle_stops_a_resume(tmp_path: Path) -> None:
         ({**CONFIG, "sigma": 0.5}, FACTS, r"config.sigma is 0.25 there and 0.5 here"),
         ({**CONFIG, "extra": None}, FACTS, r"config.extra is 'absent' there and None here"),
         ({"data": "digits", "sigma": 0.25, "n": 1000}, FACTS, r"config.budgets is \[.*\] there and 'absent' here"),
-        (CONFIG, {**FACTS, "weights_sha256": "cd"}, r"weights_sha256 is 'ab' there and 'cd' here"),
+        (CONFIG, {**FACTS, "network_sha256": "cd"}, r"network_sha256 is 'ab' there and 'cd' here"),
     ],
 )
 def test_other_settings_are_refused_by_name(tmp_path: Path, config: dict, facts: dict, message: str) -> None:
@@ -229,12 +222,62 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, config: dict, facts:
 
 def test_another_command_line_is_the_same_run(tmp_path: Path) -> None:
     certificates, labels = some_certificates()
+    with RecordWriter(tmp_path / "run.tsv", CONFIG, facts=FACTS, notes={"command": "first"}):
+        pass
     write(tmp_path / "run.tsv", certificates, labels)
-    with RecordWriter(tmp_path / "run.tsv", CONFIG, facts={**FACTS, "command": "second"}) as writer:
+    with RecordWriter(tmp_path / "run.tsv", CONFIG, facts=FACTS, notes={"command": "second"}) as writer:
         assert writer.done == {0, 10, 20, 30, 40}
     manifest = read_manifest(tmp_path / "run.tsv")
     assert manifest is not None
     assert manifest["command"] == "first"
+
+
+@pytest.mark.parametrize("package", ["torch", "art-rs-plugins"])
+def test_other_versions_are_said_and_both_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, package: str
+) -> None:
+    certificates, labels = some_certificates()
+    write(tmp_path / "run.tsv", certificates, labels)
+    write(tmp_path / "run.tsv", certificates, labels)
+    assert not caplog.records
+    beside = tmp_path / "run.manifest.json"
+    manifest = json.loads(beside.read_text())
+    ours, manifest["versions"][package] = manifest["versions"][package], "0.0.1"
+    beside.write_text(json.dumps(manifest))
+    write(tmp_path / "run.tsv", certificates, labels)
+    assert f"begun with {package} 0.0.1 and goes on with {ours}" in caplog.text
+
+
+def test_a_new_record_takes_away_the_audit_of_an_old_one(tmp_path: Path) -> None:
+    certificates, labels = some_certificates()
+    (tmp_path / "run.audit.json").write_text("{}")
+    write(tmp_path / "run.tsv", certificates, labels)
+    assert not (tmp_path / "run.audit.json").exists()
+    (tmp_path / "run.audit.json").write_text("{}")
+    write(tmp_path / "run.tsv", certificates, labels)  # goes on: the rows are those of the audit
+    assert (tmp_path / "run.audit.json").exists()
+    (tmp_path / "run.tsv").unlink()
+    write(tmp_path / "run.tsv", certificates, labels)
+    assert not (tmp_path / "run.audit.json").exists()
+
+
+def test_the_digest_of_rows_sees_each_of_their_claims(tmp_path: Path) -> None:
+    certificates, labels = some_certificates(4)
+    write(tmp_path / "run.tsv", certificates, labels)
+    record = read_record(tmp_path / "run.tsv")
+    first = rows_digest(record)
+    assert rows_digest(read_record(tmp_path / "run.tsv")) == first
+    assert rows_digest(replace(record, time=record.time + 1)) == first
+    for name in ("idx", "label", "predict", "radius"):
+        assert rows_digest(replace(record, **{name: getattr(record, name) + 1})) != first
+    assert rows_digest(replace(record, kind="exact")) != first
+
+
+def test_a_folder_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("."), tmp_path):
+        with pytest.raises(IsADirectoryError, match="cannot write a file over a folder; name a file in it"):
+            write_atomic(path, b"")
 
 
 def test_a_table_without_manifest_is_not_continued(tmp_path: Path) -> None:

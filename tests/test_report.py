@@ -7,27 +7,19 @@ import io
 import json
 import math
 import os
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from art_rs_plugins.benchmark.audits import audit_from_json, audit_to_json, load_audits, save_audit
 from art_rs_plugins.benchmark.plots import plot_audit, plot_certified_accuracy
-from art_rs_plugins.benchmark.records import Record, RecordWriter, read_record
-from art_rs_plugins.benchmark.report import (
-    RADII,
-    audit_from_json,
-    audit_table,
-    audit_text,
-    audit_to_json,
-    demo_table,
-    load_audit,
-    render,
-    save_audit,
-    summarize,
-    write_report,
-)
+from art_rs_plugins.benchmark.records import Record, read_record
+from art_rs_plugins.benchmark.report import audit_text, demo_table, render, write_report
+from art_rs_plugins.benchmark.tables import RADII, audit_table, count_cases, summarize
+from art_rs_plugins.benchmark.writer import RecordWriter
 from art_rs_plugins.theory.audit import AttackOutcomes, Audit, audit
 from art_rs_plugins.theory.bounds import clopper_pearson_upper
 from art_rs_plugins.theory.certificates import Certificates, Kind
@@ -109,7 +101,6 @@ def test_a_log_of_cohens_format_adds_up(tmp_path: Path) -> None:
     assert (summary.name, summary.rows, summary.kind) == ("sigma_0.50", 8, None)
     assert (summary.sigma, summary.n, summary.n0, summary.alpha) == (None, None, None, None)
     assert summary.abstain_rate == 2 / 8
-    assert summary.natural_accuracy == 4 / 8
     assert summary.acr == pytest.approx((0.25 + 0.2499 + 1.5) / 8, abs=1e-15)
     np.testing.assert_array_equal(summary.curve.radii, [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5])
     np.testing.assert_array_equal(summary.curve.accuracy * 8, [4, 2, 1, 1, 1, 1, 1])
@@ -197,7 +188,7 @@ def test_markdown_latex_and_text_hold_the_same_cells(tmp_path: Path) -> None:
 def test_tables_of_attacks_follow_and_name_each_case(tmp_path: Path) -> None:
     record = ours(tmp_path, name="a_b")
     markdown = render([record], "md", [an_audit(broken=True)])
-    assert "## Attacks on a_b - contradictions: 1" in markdown
+    assert "## Attacks on a_b - contradictions: 1 case at 1 input\n" in markdown
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
     assert ["0.25", "0.500", "0.500", "0.000", "0.500", "0.000", "1"] in rows
     assert ["5", "<pgd>", "0.25", "0.25", "0.3", "1", "0"] in rows
@@ -268,7 +259,7 @@ def test_the_page_is_loud_about_contradictions_and_calm_without(tmp_path: Path) 
     record = ours(tmp_path)
     loud = render([record], "html", [an_audit(broken=True)])
     assert loud.index('role="alert"') < loud.index("<svg")
-    assert "Contradictions: 1" in Page(loud).words()
+    assert "Contradictions: 1 case at 1 input" in Page(loud).words()
     row = ["5", "<pgd>", "0.25", "0.25", "0.3", "1", "0"]
     cells = [data for tag, data in Page(loud).text if tag == "td"]
     assert any(cells[start : start + len(row)] == row for start in range(len(cells)))
@@ -277,7 +268,7 @@ def test_the_page_is_loud_about_contradictions_and_calm_without(tmp_path: Path) 
     assert "Contradictions: 0" in Page(calm).words()
     silent = Page(render([record], "html")).words()
     assert "Contradictions: 0" not in silent  # nobody looked
-    assert "No attack was recorded" in silent
+    assert "No attack is shown" in silent
 
 
 def test_the_page_says_what_is_guaranteed(tmp_path: Path) -> None:
@@ -304,20 +295,115 @@ def test_audit_table_by_hand() -> None:
 
 
 def test_audits_come_back_from_disk(tmp_path: Path) -> None:
-    made = an_audit(broken=True)
-    assert load_audit(tmp_path / "run.tsv") is None
-    path = save_audit(made, tmp_path / "run.tsv")
+    made, record = an_audit(broken=True), ours(tmp_path)
+    assert load_audits([record]) == ([None], [])
+    path = save_audit(made, record)
     assert path == tmp_path / "run.audit.json"
-    back = load_audit(tmp_path / "run.tsv")
+    (back,), notes = load_audits([record])
     assert back is not None
+    assert notes == []
     assert audit_to_json(back) == audit_to_json(made)
     assert back.suspected == made.suspected
     np.testing.assert_array_equal(back.certified.lower, made.certified.lower)
     path.write_text(path.read_text().replace('"wrong"', '"wrang"'))
     with pytest.raises(ValueError, match=r"run\.audit\.json: value is not an audit \('wrong'\)"):
-        load_audit(tmp_path / "run.tsv")
+        load_audits([record])
     with pytest.raises(ValueError, match="is not an audit"):
         audit_from_json({"certified": [1]})
+
+
+@pytest.mark.parametrize("column, value", [(1, "1"), (2, "1"), (3, "0.7")])
+def test_an_audit_of_other_rows_is_left_out_and_the_report_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, column: int, value: str
+) -> None:
+    save_audit(an_audit(broken=False), ours(tmp_path))
+    lines = (tmp_path / "run.tsv").read_text().splitlines()
+    cells = lines[1].split("\t")
+    cells[column] = value
+    cells[4] = str(int(cells[1] == cells[2]))
+    (tmp_path / "run.tsv").write_text("\n".join([lines[0], "\t".join(cells), *lines[2:]]) + "\n")
+    record = read_record(tmp_path / "run.tsv")
+    audits, notes = load_audits([record])
+    assert audits == [None]
+    assert "run.audit.json was left out: it speaks of other rows than run.tsv has now; attack" in caplog.text + notes[0]
+    assert "left out" in caplog.text
+    for form in ("html", "md", "text", "latex"):
+        shown = render([record], form, audits, notes)
+        assert "left out" in shown
+        assert "ontradictions: 0" not in shown
+
+
+def test_an_audit_without_a_digest_is_left_out(tmp_path: Path) -> None:
+    record = ours(tmp_path)
+    path = save_audit(an_audit(broken=False), record)
+    value = json.loads(path.read_text())
+    del value["record_sha256"]
+    path.write_text(json.dumps(value))
+    assert load_audits([record])[0] == [None]
+
+
+@pytest.mark.parametrize("kind", ["conditional", "committed"])
+def test_no_audit_of_what_is_not_certified_is_shown(tmp_path: Path, kind: Kind) -> None:
+    record = ours(tmp_path, kind)
+    save_audit(an_audit(broken=False), record)
+    audits, (note,) = load_audits([record])
+    assert audits == [None]
+    assert f"{kind} certificates are not certified accuracy" in note
+    for form in ("html", "json", "csv", "md"):
+        with pytest.raises(ValueError, match=f"run holds {kind} certificates, which no attack audits"):
+            render([record], form, [an_audit(broken=False)])
+
+
+def silent_audit(*levels: int) -> Audit:
+    """Attack at .25 and .5 whose every answer at these levels is an abstention."""
+    abstained = np.zeros((2, 4), dtype=bool)
+    abstained[list(levels)] = True
+    outcomes = AttackOutcomes(
+        name="pgd",
+        budgets=np.array([0.25, 0.5]),
+        prediction=np.tile(LABELS, (2, 1)),
+        abstained=abstained,
+        distance=np.array([[0.25] * 4, [0.5] * 4]),
+        confirmed=np.zeros((2, 4), dtype=bool),
+        n=5,
+        alpha=0.001,
+    )
+    return audit(our_certificates(), outcomes, LABELS)
+
+
+def test_an_attack_that_only_abstained_reassures_nobody(tmp_path: Path) -> None:
+    record = ours(tmp_path)
+    page = render([record], "html", [silent_audit(0, 1)])
+    assert 'class="calm"' not in page
+    assert "At budget 0.25, 0.5 the votes could decide nothing, so that says nothing there" in page
+    assert "The attack's votes could decide nothing at budget 0.25, 0.5" in " ".join(Page(page).words().split())
+    assert "the votes decided nothing; raise n" in audit_text(silent_audit(0, 1))
+    assert "the votes decided nothing; raise n" in render([record], "md", [silent_audit(0, 1)])
+    partly = Page(render([record], "html", [silent_audit(1)])).words()
+    assert "at budget 0.5: every input" in " ".join(partly.split())
+    assert "Contradictions: 0 among 4 attacked inputs" in " ".join(partly.split())
+    (entry,) = json.loads(render([record], "json", [silent_audit(1)]))
+    assert entry["audit"]["undecided_budgets"] == [0.5]
+    assert "decide nothing" not in render([record], "html", [an_audit(broken=False)])
+
+
+def test_contradictions_are_counted_as_cases_and_as_inputs() -> None:
+    one = an_audit(broken=True)
+    (case,) = one.contradictions
+    twice = replace(one, suspected=(case, replace(case, attack="square")))
+    other = replace(one, suspected=(case, replace(case, index=9)))
+    assert count_cases([an_audit(broken=False)]) == "0"
+    assert count_cases([one]) == "1 case at 1 input"
+    assert count_cases([twice]) == "2 cases at 1 input"
+    assert count_cases([twice, other]) == "4 cases at 3 inputs"
+
+
+def test_one_number_has_one_name(tmp_path: Path) -> None:
+    """Accuracy at radius 0 was shown as natural accuracy beside certified accuracy at radius 0."""
+    record = ours(tmp_path)
+    assert "atural accuracy" not in render([record], "html")
+    assert "certified accuracy at radius 0<" in render([record], "html")
+    assert "natural_accuracy" not in render([record], "json")
 
 
 def test_the_demo_table_has_a_line_for_each_attack_and_budget(tmp_path: Path) -> None:
@@ -411,7 +497,7 @@ def test_every_published_log_adds_up() -> None:
 def test_reference_values_of_cohens_cifar_networks(sigma: str, abstained: float, natural: float, acr: float) -> None:
     summary = summarize(read_record(LOGS / f"cifar10/resnet110/noise_{sigma}/test/sigma_{sigma}.tsv"))
     assert summary.abstain_rate == pytest.approx(abstained, abs=1e-12)
-    assert summary.natural_accuracy == summary.curve.accuracy[0] == pytest.approx(natural, abs=1e-12)
+    assert summary.curve.accuracy[0] == pytest.approx(natural, abs=1e-12)
     assert summary.acr == pytest.approx(acr, abs=5e-4)
 
 

@@ -215,7 +215,8 @@ def run_attack(
         if attack.budgeted or found is None:
             found = attack.make(estimator, budget, steps, derive_seed(seed, level, 0))(inputs, known)
         spent = torch.from_numpy(_within(inputs, found, budget, attack.name))
-        adversarial[level] = estimator.noise(estimator.scale).nearest(spent).numpy()   # what the classifier accepts
+        accepted = estimator.noise(estimator.scale).nearest(spent, toward=torch.from_numpy(inputs))
+        adversarial[level] = accepted.numpy()
         answers.append(estimator.predictions(adversarial[level], n=n, seed=derive_seed(seed, level, 1)))
     outcomes = AttackOutcomes(
         name=attack.name,

@@ -10,13 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from art_rs_plugins.benchmark.records import Record, companion, json_bytes, load_json, rows_digest, write_atomic
+from art_rs_plugins.benchmark.files import companion, json_bytes, load_json, write_atomic
+from art_rs_plugins.benchmark.records import Record, rows_digest
+from art_rs_plugins.benchmark.tables import kind_of
 from art_rs_plugins.theory.audit import Audit, Contradiction
 from art_rs_plugins.theory.metrics import Curve
 
-__all__ = ["audit_from_json", "audit_to_json", "load_audits", "save_audit"]
+__all__ = ["AUDITED", "audit_from_json", "audit_to_json", "load_audits", "save_audit"]
 
 logger = logging.getLogger(__name__)
+
+AUDITED = ("certified", "exact")
+"""Kinds of certificates that an attack can contradict."""
 
 
 def audit_to_json(audit: Audit) -> dict[str, Any]:
@@ -50,19 +55,57 @@ def audit_from_json(value: Mapping[str, Any]) -> Audit:
         raise ValueError(f"value is not an audit ({error}); run the attack again to write it anew") from error
 
 
-def save_audit(audit: Audit, record: str | Path) -> Path:
-    """Write an audit beside the record at `record`, whole or not at all; return where."""
-    path = companion(record, "audit")
-    write_atomic(path, json_bytes(audit_to_json(audit), "audit"))
+def save_audit(audit: Audit, record: Record) -> Path:
+    """Write an audit beside its record, with the digest of the rows that it speaks of; return where."""
+    path = companion(record.path, "audit")
+    write_atomic(path, json_bytes({"record_sha256": rows_digest(record), **audit_to_json(audit)}, "audit"))
     return path
 
 
-def load_audit(record: str | Path) -> Audit | None:
-    """Audit beside the record at `record`, or None; ``ValueError``, naming the file, if it is damaged."""
-    path = companion(record, "audit")
-    if not path.exists():
-        return None
+def load_audits(records: Sequence[Record]) -> tuple[list[Audit | None], list[str]]:
+    """Audits beside records, as far as they speak of the rows that are there now.
+
+    Parameters
+    ----------
+    records : sequence of Record
+        As read from disk.
+
+    Returns
+    -------
+    audits : list of Audit or None
+        None where there is none, or where it was left out.
+    notes : list of str
+        Why audits were left out, a sentence for each; they are logged as well, and belong into the report.
+
+    Raises
+    ------
+    ValueError
+        For a damaged audit; the message names the file.
+    """
+    found: list[Audit | None] = []
+    notes: list[str] = []
+    for record in records:
+        path = companion(record.path, "audit")
+        value = load_json(path) if path.exists() else None
+        reason = None if value is None else _unfit(value, record)
+        if reason is not None:
+            notes.append(f"{path.name} was left out: {reason}.")
+            logger.warning("%s was left out: %s", path, reason)
+        found.append(None if value is None or reason is not None else _read(value, path))
+    return found, notes
+
+
+def _unfit(value: Mapping[str, Any], record: Record) -> str | None:
+    """Why an audit says nothing about a record, if so."""
+    if value.get("record_sha256") != rows_digest(record):
+        return f"it speaks of other rows than {record.path.name} has now; attack the record again"
+    if kind_of(record) not in AUDITED:
+        return f"{kind_of(record)} certificates are not certified accuracy, and no attack audits them"
+    return None
+
+
+def _read(value: Mapping[str, Any], path: Path) -> Audit:
     try:
-        return audit_from_json(load_json(path))
+        return audit_from_json(value)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -7,21 +7,34 @@ import hashlib
 import importlib
 import inspect
 import io
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from art_rs_plugins.benchmark.records import write_atomic
-from art_rs_plugins.smoothing.modules import Normalize
+from art_rs_plugins.benchmark.files import write_atomic
+from art_rs_plugins.smoothing.modules import BaseClassifier, Normalize
+from art_rs_plugins.smoothing.noise import Key, Stage, standard_normal
 
-__all__ = ["KNOWN", "ResNet", "build", "load_weights", "save_weights", "weights_digest"]
+__all__ = [
+    "KNOWN",
+    "ResNet",
+    "build",
+    "load_weights",
+    "network_digest",
+    "network_outputs",
+    "read_training",
+    "same_outputs",
+    "save_weights",
+]
 
 _DEPTHS = {"resnet20": 20, "resnet56": 56, "resnet110": 110}
 KNOWN = ("cnn", "mlp", *_DEPTHS)
@@ -204,20 +217,28 @@ def _call_factory(spec: str, offered: dict[str, Any]) -> nn.Module:
     return module
 
 
+def _absent(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(f"no weights at {path}; give a .safetensors file, or a state dict saved by torch.save")
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} cannot be read as weights ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+        "it may be truncated: fetch or save it again, as .safetensors or as a plain state dict"
+    )
+
+
 def _read_state(path: Path) -> Mapping[str, Tensor]:
     """State dict from a file; never unpickles anything but tensors and plain containers."""
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; give a .safetensors file, or a state dict saved by torch.save")
+        raise _absent(path)
     try:
         data = path.read_bytes()
         if data[8:9] == b"{":  # safetensors: the length of a JSON header, then the header
             return dict(load_safetensors(data))
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its bytes suggest
-        raise ValueError(
-            f"{path} cannot be read as weights ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-            "it may be truncated: fetch or save it again, as .safetensors or as a plain state dict"
-        ) from error
+        raise _damaged(path, error) from error
     state = state.get("state_dict", state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict of tensors; save module.state_dict(), not the module")
@@ -290,10 +311,59 @@ def save_weights(module: nn.Module, path: str | Path, metadata: Mapping[str, str
     write_atomic(path, save_safetensors(state, dict(metadata)))
 
 
-def weights_digest(module: nn.Module) -> str:
-    """SHA-256 in hexadecimal of the names, dtypes, shapes and values of a module's weights, wherever they lie."""
-    total = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+def read_training(path: str | Path) -> dict[str, str] | None:
+    """Metadata that `save_weights` left in a file; None for other formats, and where there is none.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such file, or it is damaged.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise _absent(source)
+    with open(source, "rb") as stream:
+        if stream.read(9)[8:] != b"{":
+            return None
+    try:
+        with safe_open(source, "pt") as file:
+            found: dict[str, str] | None = file.metadata()
+    except Exception as error:  # a damaged file raises whatever its bytes suggest
+        raise _damaged(source, error) from error
+    return found
+
+
+def network_digest(network: nn.Module) -> str:
+    """SHA-256 in hexadecimal of a network: its layers as it prints them, its parameters, and all of its buffers.
+
+    Buffers count whether they are among the weights or not, such as the mean of a normalisation. What a network
+    computes beyond what it prints is left to `network_outputs`.
+    """
+    # A printed function carries its address, which is another one in each process.
+    total = hashlib.sha256(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(network)).encode())
+    tensors = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+    for name, value in sorted(tensors, key=lambda entry: entry[0]):
         total.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
         total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def network_outputs(network: nn.Module, input_shape: tuple[int, ...]) -> list[float]:
+    """What a network answers to eight fixed inputs, one number for each: a mix of all its outputs.
+
+    They are the same for the same network up to rounding, whatever the machine; see `same_outputs`.
+    """
+    copied = BaseClassifier(copy.deepcopy(network).cpu()).eval()
+    with torch.no_grad():
+        outputs = copied(standard_normal((8, *input_shape), Key(0, 0, Stage.BANK, 3)))
+    outputs = outputs.double().nan_to_num()
+    weights = standard_normal((outputs.shape[1],), Key(0, 0, Stage.BANK, 4)).double()
+    return [float(value) for value in (outputs * weights).sum(dim=1)]
+
+
+def same_outputs(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether two lists of `network_outputs` agree to a thousandth of the largest; other machines round otherwise."""
+    if len(first) != len(second):
+        return False
+    largest = max((abs(value) for value in first), default=0.0)
+    return all(abs(one - other) <= 1e-3 * largest for one, other in zip(first, second, strict=True))

@@ -103,26 +103,37 @@ def _fine(record: Record) -> Curve:
     return accuracy_of(record, np.linspace(0.0, max(float(record.radius.max()) * 1.04, 0.25), 401))
 
 
-def _banner(audits: Sequence[Audit | None]) -> str:
+def _banner(audits: Sequence[Audit | None], notes: Sequence[str]) -> str:
+    """What the attacks found, before anything else is said."""
     done = [audit for audit in audits if audit is not None]
+    parts = [f'<p class="open">{html.escape(note)}</p>' for note in notes]
+    idle = sorted({budget for audit in done for budget in undecided(audit)})
+    if idle:
+        parts.append(
+            f'<p class="open" role="status"><b>The attack\'s votes could decide nothing</b> at budget '
+            f"{', '.join(f'{budget:g}' for budget in idle)}: every input ended in an abstention, and no certificate "
+            "was tried. Attack again with more votes (n).</p>"
+        )
     if not done:
-        return '<p class="open">No attack was recorded: nobody looked for contradictions.</p>'
-    cases = [case for audit in done for case in audit.contradictions]
-    if not cases:
+        parts.append('<p class="open">No attack is shown: nobody looked for contradictions.</p>')
+    elif any(audit.contradictions for audit in done):
+        parts.insert(
+            0,
+            f'<div class="alarm" role="alert"><strong>Contradictions: {count_cases(done)}</strong> Adversarial inputs '
+            "lie inside certified balls, and fresh draws confirmed their class. More of them than alpha allows means "
+            "that something is broken: do not rely on these certificates. They are listed below, input by input.</div>",
+        )
+    elif not all(len(undecided(audit)) == len(audit.budgets) for audit in done):
         attempts = sum(audit.total for audit in done)
-        return f'<p class="calm"><b>Contradictions: 0</b> among {attempts:,} attacked inputs.</p>'
-    return (
-        f'<div class="alarm" role="alert"><strong>Contradictions: {len(cases)}</strong> Adversarial inputs lie inside '
-        "certified balls, and fresh draws confirmed their class. More of them than alpha allows means that something "
-        "is broken: do not rely on these certificates. They are listed below, input by input.</div>"
-    )
+        parts.append(f'<p class="calm"><b>Contradictions: 0</b> among {attempts:,} attacked inputs.</p>')
+    return "".join(parts)
 
 
 def _tiles(summary: Summary) -> str:
     half = float(summary.curve.accuracy[RADII.index(0.5)])
     word = "certified accuracy" if summary.section == "certified" else f"{summary.kind} accuracy"
     tiles = (
-        (f"{summary.natural_accuracy:.1%}", "natural accuracy"),
+        (f"{summary.curve.accuracy[0]:.1%}", f"{word} at radius 0"),
         (f"{half:.1%}", f"{word} at radius 0.5"),
         (f"{summary.acr:.3f}", "average radius (ACR)"),
         (f"{summary.abstain_rate:.1%}", "abstained"),
@@ -163,6 +174,12 @@ def _guarantee(record: Record, summary: Summary) -> str:
     return "".join(f"<p>{sentence}</p>" for sentence in text)
 
 
+def _nothing_found(audit: Audit) -> str:
+    budgets = ", ".join(f"{budget:g}" for budget in undecided(audit))
+    doubt = f" At budget {budgets} the votes could decide nothing, so that says nothing there." if budgets else ""
+    return f'<p class="note">No attack found another class inside a certified ball.{doubt}</p>'
+
+
 def _section(label: str, record: Record, summary: Summary, audit: Audit | None) -> str:
     """Everything about one record."""
     heading = html.escape(label) + ("" if summary.section == "certified" else f" &ndash; {summary.section}")
@@ -179,10 +196,10 @@ def _section(label: str, record: Record, summary: Summary, audit: Audit | None) 
             f"attacks left, over {audit.total:,} inputs. {_BAND}</figcaption></figure>",
             "<h3>Under attack</h3>",
             _html_table(audit_cells(audit)),
-            f"<h3>Contradictions: {len(audit.contradictions)}</h3>",
+            f"<h3>Contradictions: {count_cases([audit])}</h3>",
             _html_table(case_cells(audit.contradictions))
             if audit.contradictions
-            else '<p class="note">No attack found another class inside a certified ball.</p>',
+            else _nothing_found(audit),
         ]
     parts += ["<h3>What is guaranteed</h3>", _guarantee(record, summary)]
     if record.manifest is not None:
@@ -196,10 +213,11 @@ def render_page(
     records: Sequence[Record],
     summaries: Sequence[Summary],
     audits: Sequence[Audit | None],
+    notes: Sequence[str],
 ) -> str:
     """One self-contained page: alarms first, then curves, tables and each record."""
     parts = ["<h1>Certified robustness</h1>"]
-    parts += ['<p class="lead">Randomized smoothing; l2 radii in the units of the input.</p>', _banner(audits)]
+    parts += ['<p class="lead">Randomized smoothing; l2 radii in the units of the input.</p>', _banner(audits, notes)]
     for title, rows in sections(labels, summaries).items():
         chosen = {row["record"] for row in rows}
         curves = {label: _fine(record) for label, record in zip(labels, records, strict=True) if label in chosen}

@@ -3,47 +3,36 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from art_rs_plugins.benchmark.plots import plot_audit, plot_certified_accuracy
-from art_rs_plugins.benchmark.records import Record, companion, json_bytes, load_json, write_atomic, write_parquet
-from art_rs_plugins.theory.audit import Audit, Contradiction
-from art_rs_plugins.theory.metrics import (
-    Curve,
-    abstention_rate,
-    accuracy_curve,
-    average_certified_radius,
-    false_certificates_bound,
+from art_rs_plugins.benchmark.audits import AUDITED
+from art_rs_plugins.benchmark.files import write_atomic
+from art_rs_plugins.benchmark.page import render_page
+from art_rs_plugins.benchmark.records import Record, write_parquet
+from art_rs_plugins.benchmark.tables import (
+    RADII,
+    TEXT,
+    Summary,
+    audit_cells,
+    case_cells,
+    count_cases,
+    record_labels,
+    sections,
+    summarize,
+    undecided,
 )
+from art_rs_plugins.theory.audit import Audit
 
-__all__ = [
-    "FORMATS",
-    "RADII",
-    "Summary",
-    "audit_from_json",
-    "audit_table",
-    "audit_text",
-    "audit_to_json",
-    "demo_table",
-    "load_audit",
-    "render",
-    "save_audit",
-    "summarize",
-    "write_report",
-]
+__all__ = ["FORMATS", "audit_text", "demo_table", "render", "write_report"]
 
 FORMATS = ("html", "md", "csv", "latex", "json", "text")
 """What `render` can write; `write_report` adds ``parquet``."""
@@ -57,7 +46,6 @@ def _as_json(label: str, summary: Summary, audit: Audit | None) -> dict[str, Any
     """One record as JSON values; what is not certified stands under other names than what is."""
     values: dict[str, Any] = {"record": label}
     values |= {name: getattr(summary, name) for name in ("rows", "sigma", "n", "n0", "alpha", "kind", "abstain_rate")}
-    values["natural_accuracy"] = summary.natural_accuracy
     accuracy = _by_radius(summary.curve.accuracy)
     if summary.section == "certified":
         values |= {
@@ -73,6 +61,8 @@ def _as_json(label: str, summary: Summary, audit: Audit | None) -> dict[str, Any
         values["audit"] = {
             "inputs": audit.total,
             "contradictions": len(audit.contradictions),
+            "contradicted_inputs": len({case.index for case in audit.contradictions}),
+            "undecided_budgets": undecided(audit),
             "attacked_accuracy": _by_radius(audit.attacked, audit.budgets),
             "certified_accuracy": _by_radius(audit.certified.accuracy, audit.budgets),
             "cases": [asdict(case) for case in audit.contradictions],
@@ -114,8 +104,14 @@ def _table(rows: Sequence[Mapping[str, str]], form: str) -> str:
 def audit_text(audit: Audit) -> str:
     """Audit as plain text: the table by budget, then the number of contradictions and each of them."""
     cases = audit.contradictions
-    parts = [_table(audit_cells(audit), "simple"), f"Contradictions: {len(cases)}"]
+    parts = [_table(audit_cells(audit), "simple"), *_undecided(audit), f"Contradictions: {count_cases([audit])}"]
     return "\n".join([*parts, _table(case_cells(cases), "simple")] if cases else parts)
+
+
+def _undecided(audit: Audit) -> list[str]:
+    """The sentence that a calm count of contradictions must not go without, where it is due."""
+    budgets = ", ".join(f"{budget:g}" for budget in undecided(audit))
+    return [f"At budget {budgets} every input abstained: the votes decided nothing; raise n."] if budgets else []
 
 
 def demo_table(results: Sequence[tuple[float, Record, Mapping[str, Audit]]]) -> str:
@@ -136,7 +132,11 @@ def demo_table(results: Sequence[tuple[float, Record, Mapping[str, Audit]]]) -> 
 
 
 def _tables(
-    form: str, labels: Sequence[str], summaries: Sequence[Summary], audits: Sequence[Audit | None]
+    form: str,
+    labels: Sequence[str],
+    summaries: Sequence[Summary],
+    audits: Sequence[Audit | None],
+    notes: Sequence[str],
 ) -> str:
     """Markdown, LaTeX or plain text: a table for each section, then one for each audit."""
     style, heading = {
@@ -150,10 +150,11 @@ def _tables(
         parts += [heading.format(names), _table(rows, style)]
     for label, audit in zip(labels, audits, strict=True):
         if audit is not None:
-            title = f"Attacks on {label} - contradictions: {len(audit.contradictions)}"
+            title = f"Attacks on {label} - contradictions: {count_cases([audit])}"
             parts += [heading.format(_escape_latex(title) if form == "latex" else title)]
-            parts += [_table(audit_cells(audit), style)]
+            parts += [_table(audit_cells(audit), style), *_undecided(audit)]
             parts += [_table(case_cells(audit.contradictions), style)] if audit.contradictions else []
+    parts += [_escape_latex(note) if form == "latex" else note for note in notes]
     return "\n\n".join(parts) + "\n"
 
 
@@ -162,7 +163,12 @@ def _escape_latex(text: str) -> str:
     return "".join(special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
 
 
-def render(records: Sequence[Record], format: str, audits: Sequence[Audit | None] | None = None) -> str:
+def render(
+    records: Sequence[Record],
+    format: str,
+    audits: Sequence[Audit | None] | None = None,
+    notes: Sequence[str] = (),
+) -> str:
     """Render records as text.
 
     Parameters
@@ -174,6 +180,8 @@ def render(records: Sequence[Record], format: str, audits: Sequence[Audit | None
     audits : sequence of Audit or None, optional
         The attacks on each record, in the same order; None where there was none. CSV has their counts and accuracies,
         but no list of cases.
+    notes : sequence of str
+        Sentences to show with them, such as why an audit was left out; JSON and CSV have no place for them.
 
     Returns
     -------
@@ -182,7 +190,8 @@ def render(records: Sequence[Record], format: str, audits: Sequence[Audit | None
     Raises
     ------
     ValueError
-        For no records, an unknown format, or another number of audits than of records.
+        For no records, an unknown format, another number of audits than of records, or an audit of certificates that
+        are not certified accuracy.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -192,16 +201,23 @@ def render(records: Sequence[Record], format: str, audits: Sequence[Audit | None
     if len(attacks) != len(records):
         raise ValueError(f"audits must hold one entry for each of {len(records)} records, got {len(attacks)}")
     labels, summaries = record_labels(records), [summarize(record) for record in records]
+    for label, summary, audit in zip(labels, summaries, attacks, strict=True):
+        if audit is not None and summary.kind is not None and summary.kind not in AUDITED:
+            raise ValueError(f"audits: {label} holds {summary.kind} certificates, which no attack audits; give None")
     if format in ("json", "csv"):
         entries = [_as_json(*parts) for parts in zip(labels, summaries, attacks, strict=True)]
         return _csv(entries) if format == "csv" else json.dumps(entries, indent=2, allow_nan=False) + "\n"
     if format == "html":
-        return render_page(labels, records, summaries, attacks)
-    return _tables(format, labels, summaries, attacks)
+        return render_page(labels, records, summaries, attacks, notes)
+    return _tables(format, labels, summaries, attacks, notes)
 
 
 def write_report(
-    records: Sequence[Record], format: str, output: str | Path, audits: Sequence[Audit | None] | None = None
+    records: Sequence[Record],
+    format: str,
+    output: str | Path,
+    audits: Sequence[Audit | None] | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Write what `render` returns, or the rows themselves as ``parquet``, to a file; whole or not at all.
 
@@ -213,6 +229,6 @@ def write_report(
     if format == "parquet":
         write_parquet(records, output)
     elif format in FORMATS:
-        write_atomic(output, render(records, format, audits).encode())
+        write_atomic(output, render(records, format, audits, notes).encode())
     else:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, parquet, got {format!r}")

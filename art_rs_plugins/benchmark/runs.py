@@ -17,14 +17,24 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from art_rs_plugins.benchmark.attacks import ATTACKS, run_attack
+from art_rs_plugins.benchmark.audits import AUDITED, save_audit
 from art_rs_plugins.benchmark.data import Dataset, load
-from art_rs_plugins.benchmark.models import build, load_weights, save_weights, weights_digest
-from art_rs_plugins.benchmark.records import Record, RecordWriter, digest, read_manifest, read_record, to_certificates
-from art_rs_plugins.benchmark.report import save_audit
+from art_rs_plugins.benchmark.files import digest
+from art_rs_plugins.benchmark.models import (
+    build,
+    load_weights,
+    network_digest,
+    network_outputs,
+    read_training,
+    same_outputs,
+    save_weights,
+)
+from art_rs_plugins.benchmark.records import Record, read_manifest, read_record, to_certificates
+from art_rs_plugins.benchmark.writer import RecordWriter
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
 from art_rs_plugins.smoothing.noise import check_seed, derive_seed
 from art_rs_plugins.smoothing.performance import Performance, measure_block
-from art_rs_plugins.smoothing.sampling import check_count, evaluating
+from art_rs_plugins.smoothing.sampling import check_count, default_block, evaluating
 from art_rs_plugins.theory.audit import AttackOutcomes, Audit, audit
 from art_rs_plugins.theory.bounds import check_alpha
 from art_rs_plugins.theory.radii import check_sigma
@@ -94,7 +104,7 @@ class RunConfig:
 
     def performance(self, block: int | None) -> Performance:
         """How the network votes, with `block` rows where none were asked for."""
-        return Performance(self.dtype, self.channels_last, self.compile, self.block or block)
+        return Performance(self.dtype, self.channels_last, self.compile, block if self.block is None else self.block)
 
 
 def check_device(device: str) -> str:
@@ -151,12 +161,19 @@ def train(config: TrainConfig, output: Path, *, verbose: bool = False) -> list[E
         scheduler=schedule,
         verbose=verbose,
     )
-    save_weights(network, output, {name: str(value) for name, value in asdict(config).items()})
+    save_weights(network, output, _header(config))
     return list(estimator.history_)
+
+
+def _header(config: TrainConfig) -> dict[str, str]:
+    """What the header of a weights file says of the training."""
+    return {name: str(value) for name, value in asdict(config).items()}
 
 
 def check_folder(output: Path) -> None:
     """Make the folder of a file, or raise ``OSError`` that says what stands in the way, before any work is done."""
+    if output.is_dir():
+        raise IsADirectoryError(f"output {output} is a folder; give the name of a file in it")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.parent / f".{output.name}.probe"
@@ -229,6 +246,7 @@ def certify(config: RunConfig, output: Path, *, verbose: bool = False) -> Record
     """
     check_folder(output)
     known = read_manifest(output)
+    training = None if config.weights is None else read_training(config.weights)
     data, estimator = open_estimator(config, None if known is None else known.get("block"))
     indices = parse_examples(config.examples, len(data.x_test))
     if not len(indices):
@@ -237,7 +255,16 @@ def certify(config: RunConfig, output: Path, *, verbose: bool = False) -> Record
         with evaluating(estimator.model):
             block = measure_block(estimator.model.f, estimator.input_shape, estimator.device)
         estimator.set_params(performance=config.performance(block))
-    with RecordWriter(output, asdict(config), facts=_facts(config, data, indices, estimator)) as writer:
+    outputs = network_outputs(estimator.model.base, estimator.input_shape)
+    facts = _facts(config, data, indices, estimator)
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    notes = {"network_outputs": outputs, "training": training, "command": command}
+    with RecordWriter(output, asdict(config), facts=facts, notes=notes) as writer:
+        if known is not None and not same_outputs(known.get("network_outputs", []), outputs):
+            raise ValueError(
+                f"{output} belongs to a network of the same weights that answers otherwise; restore its code, choose "
+                "another output path, or delete the record and its manifest"
+            )
         left = np.array([index for index in indices if int(index) not in writer.done], dtype=np.int64)
         votes = abstained = 0
         start = time.perf_counter()
@@ -265,20 +292,57 @@ def certify(config: RunConfig, output: Path, *, verbose: bool = False) -> Record
 def _facts(
     config: RunConfig, data: Dataset, indices: NDArray[np.int64], estimator: PyTorchSmoothedClassifier
 ) -> dict[str, Any]:
-    """What the manifest says beyond the configuration; a resumed run must agree on the digests."""
+    """What the rows depend on beyond the configuration; whoever goes on, or attacks, must agree on the digests."""
     device = estimator.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": config.dtype,
         "layout": "channels_last" if config.channels_last else "contiguous",
-        "block": estimator.performance.block,
+        "block": estimator.performance.block or default_block(estimator.input_shape, device),
         "seed": config.seed,
-        "weights_sha256": weights_digest(estimator.model.base),
+        "network_sha256": network_digest(estimator.model.base),
         "data_sha256": digest(np.ascontiguousarray(data.x_test[indices])),
         "labels_sha256": digest(np.ascontiguousarray(data.y_test[indices])),
         "indices_sha256": digest(indices),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+_MEANING = {
+    "network_sha256": "network",
+    "data_sha256": "data",
+    "labels_sha256": "labels",
+    "indices_sha256": "indices",
+}
+"""Facts of the manifest that an attack must agree with, in words."""
+
+
+def _rebuild(record: Record) -> tuple[Dataset, PyTorchSmoothedClassifier]:
+    """Data set and classifier that a record speaks of; ``ValueError`` that names what is no longer the same."""
+    path, manifest = record.path, record.manifest
+    if manifest is None:
+        raise ValueError(f"{path} has no manifest beside it, so its classifier cannot be rebuilt; certify it again")
+    settings = manifest.get("config")
+    if not isinstance(settings, dict):
+        raise ValueError(f"the manifest of {path} has no config, so its classifier cannot be rebuilt; certify it again")
+    unknown = sorted(set(settings) - {field.name for field in fields(RunConfig)})
+    if unknown:
+        raise ValueError(f"the manifest of {path} has settings unknown to this version: {', '.join(unknown)}; update")
+    config = RunConfig(**settings)
+    data, estimator = open_estimator(config, manifest.get("block"))
+    indices = parse_examples(config.examples, len(data.x_test))
+    facts = _facts(config, data, indices, estimator)
+    changed = [what for fact, what in _MEANING.items() if manifest.get(fact) != facts[fact]]
+    outputs = network_outputs(estimator.model.base, estimator.input_shape)
+    if "network" not in changed and not same_outputs(manifest.get("network_outputs", []), outputs):
+        changed.append("what the network answers")
+    if changed:
+        raise ValueError(
+            f"{path} was made with other things than {config.data} and {config.weights or config.model} hold now: "
+            f"{', '.join(changed)}; restore them, or certify again"
+        )
+    if not np.all(np.isin(record.idx, indices)) or not np.array_equal(data.y_test[record.idx], record.label):
+        raise ValueError(f"{path} has indices or labels that its data has not; restore the file, or certify again")
+    return data, estimator
 
 
 def attack(
@@ -314,20 +378,19 @@ def attack(
     Raises
     ------
     ValueError, OSError
-        For unknown attacks, records without manifest, or weights or data that are no longer those of the record.
+        For unknown attacks, records that cannot be rebuilt or hold no certified radii, or a network, data, labels or
+        indices that are no longer those of the record.
     """
     unknown = [name for name in names if name not in ATTACKS]
     if unknown or not names:
         raise ValueError(f"attack must be among {', '.join(ATTACKS)}; got {', '.join(unknown) or 'none'}")
     known = read_record(record)
-    if known.manifest is None:
-        raise ValueError(f"{record} has no manifest beside it, so its classifier cannot be rebuilt; certify it again")
-    names_of_fields = {field.name for field in fields(RunConfig)}
-    config = RunConfig(**{key: value for key, value in known.manifest["config"].items() if key in names_of_fields})
-    data, estimator = open_estimator(config, known.manifest.get("block"))
-    for fact, value in _facts(config, data, np.asarray(known.idx), estimator).items():
-        if fact == "weights_sha256" and known.manifest.get(fact) != value:
-            raise ValueError(f"{config.weights} is not what {record} was made with; restore it, or certify again")
+    if known.kind is not None and known.kind not in AUDITED:
+        raise ValueError(
+            f"{record} holds {known.kind} certificates, which are not certified accuracy and cannot be audited; attack "
+            "a record of certified or exact ones"
+        )
+    data, estimator = _rebuild(known)
     x, labels = data.x_test[known.idx], data.y_test[known.idx]
     certificates = to_certificates(known)
     outcomes: list[AttackOutcomes] = []
@@ -348,7 +411,7 @@ def attack(
         )
     audits = {outcome.name: audit(certificates, outcome, labels) for outcome in outcomes}
     audits["all"] = audit(certificates, outcomes, labels)
-    save_audit(audits["all"], record)
+    save_audit(audits["all"], known)
     return audits
 
 
@@ -377,8 +440,11 @@ def demo(folder: Path, *, sigmas: Sequence[float] = (0.25, 0.5), verbose: bool =
     with _one_thread():
         for sigma in sigmas:
             weights, record = folder / f"digits_sigma{sigma:g}.safetensors", folder / f"digits_sigma{sigma:g}.tsv"
+            config = TrainConfig(sigma=sigma)
             if not weights.exists():
-                train(TrainConfig(sigma=sigma), weights, verbose=verbose)
+                train(config, weights, verbose=verbose)
+            elif read_training(weights) != _header(config):
+                raise ValueError(f"{weights} was trained otherwise than the demo trains; choose another output folder")
             certify(RunConfig(weights=str(weights), sigma=sigma), record, verbose=verbose)
             audits = attack(record, ("pgd", "smoothed-pgd"), (0.25, 0.5, 0.75, 1.0), verbose=verbose)
             results.append(Demo(sigma, read_record(record), audits))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "case_cells",
     "cell",
     "count_cases",
+    "kind_of",
     "record_labels",
     "sections",
     "summarize",
@@ -60,8 +61,6 @@ class Summary:
         Mean over all inputs of the radius where correct, 0 elsewhere.
     abstain_rate : float
         Fraction of all inputs that abstain.
-    natural_accuracy : float
-        Fraction of all inputs answered with the right class.
     curve : Curve
         Fraction of all inputs that are correct with ``radius >= r`` at `RADII`, with its 95 % band.
     """
@@ -75,7 +74,6 @@ class Summary:
     kind: str | None
     acr: float
     abstain_rate: float
-    natural_accuracy: float
     curve: Curve
 
     @property
@@ -93,7 +91,13 @@ def _setting(record: Record, name: str) -> Any:
     return manifest.get("config", {}).get(name, manifest.get(name))
 
 
+def kind_of(record: Record) -> str | None:
+    """Kind of the certificates of a record, where its columns or its manifest say it."""
+    return record.kind or _setting(record, "kind")
+
+
 def accuracy_of(record: Record, radii: Sequence[float] | NDArray[np.float64]) -> Curve:
+    """Accuracy of a record by radius, with its band."""
     return accuracy_curve(record.correct, record.radius, radii)
 
 
@@ -122,10 +126,9 @@ def summarize(record: Record) -> Summary:
         n=_setting(record, "n"),
         n0=_setting(record, "n0"),
         alpha=_setting(record, "alpha"),
-        kind=record.kind or _setting(record, "kind"),
+        kind=kind_of(record),
         acr=average_certified_radius(record.correct, record.radius),
         abstain_rate=abstention_rate(record.abstained),
-        natural_accuracy=float(np.mean(record.correct)),
         curve=curve,
     )
 
@@ -142,6 +145,7 @@ def record_labels(records: Sequence[Record]) -> list[str]:
 
 
 def cell(value: float | None, form: str) -> str:
+    """A number in this form; nothing where there is none."""
     return "" if value is None else format(value, form)
 
 
@@ -191,6 +195,7 @@ def audit_table(audit: Audit) -> list[dict[str, float]]:
 
 
 def audit_cells(audit: Audit) -> list[dict[str, str]]:
+    """Rows of `audit_table` as text."""
     whole = ("budget", "contradictions")
     return [
         {name: f"{value:g}" if name in whole else f"{value:.3f}" for name, value in row.items()}
@@ -212,3 +217,17 @@ def case_cells(cases: Sequence[Contradiction]) -> list[dict[str, str]]:
         }
         for case in sorted(cases, key=lambda case: (case.index, case.distance))
     ]
+
+
+def count_cases(audits: Sequence[Audit]) -> str:
+    """Number of contradictions and of inputs with any: one input may fall to several attacks, at several budgets."""
+    cases = sum(len(audit.contradictions) for audit in audits)
+    inputs = sum(len({case.index for case in audit.contradictions}) for audit in audits)
+    if not cases:
+        return "0"
+    return f"{cases:,} {'case' if cases == 1 else 'cases'} at {inputs:,} {'input' if inputs == 1 else 'inputs'}"
+
+
+def undecided(audit: Audit) -> list[float]:
+    """Budgets at which every input ended in an abstention, where nothing could have been contradicted."""
+    return [float(budget) for budget in audit.budgets[audit.abstained == 1.0]]

@@ -180,8 +180,9 @@ def predict(
     *Source.* Cohen et al. (2019), PREDICT and proposition 1.
     """
     rule, seed = TopTwo(alpha), check_seed(seed)
+    n = check_count(n, "n")
     votes = count_votes(
         f, x, noise, n, num_classes=num_classes, seed=seed, indices=indices, stage=stage, block=block
     ).cpu().numpy()
-    verdict = rule.decide(votes, n)
+    verdict = TopTwo(noise.level(rule.alpha, n, x[0].numel())).decide(votes, n)
     return Predictions(verdict.prediction, verdict.abstained, votes, n, rule.alpha, seed)

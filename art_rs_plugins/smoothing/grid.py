@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from art_rs_plugins.smoothing.noise import Gaussian, Key, derive_seed, is_channels_last
+from art_rs_plugins.smoothing.noise import Gaussian, Key, derive_seed, is_channels_last, philox
 from art_rs_plugins.theory.certificates import Kind
 from art_rs_plugins.theory.radii import gaussian_probability, gaussian_radius
 
@@ -94,12 +94,11 @@ def _on_device(sigma: float, device: torch.device) -> tuple[Tensor, Tensor]:
 def _draw_by_lookup(sigma: float, size: int, key: Key) -> NDArray[np.int16]:
     """Integer noise (size,) from 62-bit draws: 16 bits look it up, the other 46 are drawn where these do not decide."""
     cells = _cells(sigma)
-    counter = [0, key.chunk, key.index, int(key.stage)]   # the layout of `standard_normals`
-    philox = np.random.Philox(key=np.array([key.seed, 0], np.uint64), counter=np.array(counter, np.uint64))
-    heads = philox.random_raw(-(-size // 4)).view(np.uint16)[:size]
+    bits = philox(key)
+    heads = bits.random_raw(-(-size // 4)).view(np.uint16)[:size]
     noise = cells.lookup.take(heads)
     open_ = np.flatnonzero(noise == _AMBIGUOUS)
-    rest = (philox.random_raw(len(open_)) >> np.uint64(64 - _REST)).view(np.int64)
+    rest = (bits.random_raw(len(open_)) >> np.uint64(64 - _REST)).view(np.int64)
     draws = heads[open_].astype(np.int64) << _REST | rest
     noise[open_] = np.searchsorted(cells.thresholds, draws, side="right") - cells.top
     return noise
@@ -214,9 +213,23 @@ class GridGaussian:
                 "only, so an exact certificate would not hold there; round inputs to 8 bits, or use Gaussian noise"
             )
 
-    def nearest(self, x: Tensor) -> Tensor:
-        """Return x with every number rounded to the grid, and held to [0, 1]."""
-        return (x * _LEVELS).round().clamp(0, _LEVELS) / _LEVELS
+    def nearest(self, x: Tensor, toward: Tensor | None = None) -> Tensor:
+        """Return x with every number rounded to the grid and held to [0, 1]; toward other inputs, if given.
+
+        Parameters
+        ----------
+        x : Tensor, floating point
+            Any inputs.
+        toward : Tensor, shape of x, optional
+            Inputs on the grid; the result is nowhere farther from them than x is.
+        """
+        steps = x.double() * _LEVELS
+        if toward is None:
+            whole = steps.round()
+        else:
+            origin = (toward.double() * _LEVELS).round()
+            whole = origin + (steps - origin).trunc()
+        return (whole.clamp(0, _LEVELS) / _LEVELS).to(x.dtype)
 
     def alpha_slack(self, n: int, numel: int) -> float:
         """Total variation between n draws of `numel` numbers and the law that the certificate speaks of, at most."""
@@ -267,10 +280,6 @@ class GridGaussian:
             torch.index_select(values, 0, place.flatten(), out=copies.view(-1))
         copies = noisy.flatten(0, 1)
         return copies.permute(0, 3, 1, 2) if last else copies
-
-    def noisy(self, x: Tensor, sigma: float, rows: int, key: Key) -> Tensor:
-        """Noisy copies (rows, ...) of one input (...), float32; see `draw`."""
-        return self.draw(x[None], np.array([sigma]), rows, [key])
 
     def radius(self, failure: ArrayLike, p_upper: ArrayLike) -> NDArray[np.float64]:
         """l2 radius for an upper bound of 1 - p_A and one of p_B; see `theory.radii.gaussian_radius`."""

@@ -29,6 +29,7 @@ __all__ = [
     "derive_seed",
     "fresh_seed",
     "is_channels_last",
+    "philox",
     "standard_normal",
     "standard_normals",
 ]
@@ -85,6 +86,12 @@ def _hash(*words: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
+def philox(key: Key) -> np.random.Philox:
+    """Random bits of one key on the CPU: counter-based, so that different keys never meet."""
+    counter = [0, key.chunk, key.index, int(key.stage)]   # the first word is Philox's own, and would take 2**64 draws
+    return np.random.Philox(key=np.array([key.seed, 0], np.uint64), counter=np.array(counter, np.uint64))
+
+
 def standard_normal(shape: tuple[int, ...], key: Key, device: torch.device | str = "cpu") -> Tensor:
     """Draw independent N(0, 1) values of one key; see `standard_normals`."""
     return standard_normals(shape, [key], device)[0]
@@ -124,9 +131,7 @@ def standard_normals(shape: tuple[int, ...], keys: Sequence[Key], device: torch.
     half = (size + 1) // 2
     bits = torch.empty((2, len(keys), half), dtype=torch.int32)
     for row, key in enumerate(keys):
-        counter = [0, key.chunk, key.index, int(key.stage)]   # the first word is Philox's own
-        philox = np.random.Philox(key=np.array([key.seed, 0], np.uint64), counter=np.array(counter, np.uint64))
-        bits[:, row] = torch.from_numpy(philox.random_raw(half).view(np.int32)).view(2, half)
+        bits[:, row] = torch.from_numpy(philox(key).random_raw(half).view(np.int32)).view(2, half)
     uniform = bits.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)   # in (0, 1]
     radius = uniform[0].log_().mul_(-2.0).sqrt_()
     angle = uniform[1].mul_(2.0 * math.pi)
@@ -157,8 +162,8 @@ class Noise(Protocol):
         """Raise ``ValueError`` for inputs that certificates under this noise could not speak of."""
         ...
 
-    def nearest(self, x: Tensor) -> Tensor:
-        """Inputs nearest to x that `check` accepts."""
+    def nearest(self, x: Tensor, toward: Tensor | None = None) -> Tensor:
+        """Inputs near x that `check` accepts, none of their numbers farther from those of `toward` than x is."""
         ...
 
     def level(self, alpha: float, n: int, size: int) -> float:
@@ -220,7 +225,7 @@ class Gaussian:
     def check(self, x: Tensor) -> None:
         """Accept any input."""
 
-    def nearest(self, x: Tensor) -> Tensor:
+    def nearest(self, x: Tensor, toward: Tensor | None = None) -> Tensor:
         """Return x itself."""
         return x
 

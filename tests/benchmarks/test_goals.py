@@ -1,0 +1,172 @@
+"""Goals of speed, each measured beside its peers, interleaved in one run; nothing is asserted about time.
+
+    python -m pytest tests/benchmarks --benchmark-enable -s
+
+Networks and published logs come from the folder named by ART_RS_SHARED_DATA; without it the network has random weights
+and the goals on logs are skipped. ART_RS_BENCHMARK_COMPILE=1 adds the compiled bfloat16 network.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
+from tabulate import tabulate
+from torch import nn
+
+from art_rs_plugins import Gaussian, GridGaussian, Performance, Sequential, certify, count_votes
+from art_rs_plugins.benchmark.models import build, load_weights
+from art_rs_plugins.smoothing.modules import BaseClassifier
+from art_rs_plugins.smoothing.performance import Voter
+from art_rs_plugins.smoothing.sampling import default_block
+
+SIGMA, DRAWS, ROUNDS = 0.25, 2_000, 7
+SHARED = os.environ.get("ART_RS_SHARED_DATA")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    found = build("resnet20", (3, 32, 32), 10, seed=0)
+    if SHARED:
+        load_weights(found, Path(SHARED) / "models" / "noisy" / "resnet20_sigma0.25.pt")
+    return found.eval().to(DEVICE)
+
+
+def passes(f: nn.Module, x: torch.Tensor, rows: int) -> Callable[[], object]:
+    """The bare forward passes: same batch, layout and dtype, no noise, no counting."""
+    batch = x.expand(rows, *x.shape[1:]).contiguous()
+
+    def act() -> object:
+        with torch.no_grad():
+            for _ in range(DRAWS // rows):
+                out = f(batch)
+        return out.sum().item()
+
+    return act
+
+
+def plain_loop(f: nn.Module, x: torch.Tensor, rows: int) -> Callable[[], object]:
+    """Sampling as the field's scripts write it."""
+
+    def act() -> object:
+        counts = np.zeros(10, dtype=int)
+        with torch.no_grad():
+            for _ in range(DRAWS // rows):
+                batch = x.repeat((rows, 1, 1, 1))
+                for label in f(batch + torch.randn_like(batch) * SIGMA).argmax(1).cpu().numpy():
+                    counts[label] += 1
+        return counts
+
+    return act
+
+
+def interleaved(acts: dict[str, Callable[[], object]], benchmark, last: str) -> dict[str, float]:
+    """Median seconds of each, measured in turn; the last one is what pytest-benchmark records."""
+    times: dict[str, list[float]] = {name: [] for name in acts}
+
+    def measure(name: str) -> None:
+        begun = time.perf_counter()
+        acts[name]()
+        times[name].append(time.perf_counter() - begun)
+
+    def others() -> None:
+        for name in acts:
+            if name != last:
+                measure(name)
+
+    others(), measure(last)
+    for measured in times.values():
+        measured.clear()
+    benchmark.pedantic(lambda: measure(last), setup=others, rounds=ROUNDS, iterations=1)
+    return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def test_one_image_and_its_peers(benchmark, network: nn.Module) -> None:
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    rows = default_block(x.shape[1:], DEVICE)
+    fast = Voter(BaseClassifier(network), Performance(channels_last=True))
+    own, floor, mode = "count_votes, fp32, channels_last", "its bare forward passes", "count_votes, exact mode"
+    grid = (x * 255).round() / 255
+    acts: dict[str, Callable[[], object]] = {
+        floor: passes(fast, x, rows),
+        mode: lambda: count_votes(fast, grid, GridGaussian(SIGMA), DRAWS, num_classes=10, seed=0),
+        "plain loop, batch 400": plain_loop(network, x, 400),
+        "plain loop, batch 1000": plain_loop(network, x, 1000),
+        own: lambda: count_votes(fast, x, Gaussian(SIGMA), DRAWS, num_classes=10, seed=0).sum().item(),
+    }
+    art = PyTorchRandomizedSmoothing(
+        network, nn.CrossEntropyLoss(), (3, 32, 32), 10, device_type="gpu", sample_size=1, scale=SIGMA
+    )
+    acts["ART certify, batch 32"] = lambda: art.certify(x.cpu().numpy(), n=DRAWS)
+    if os.environ.get("ART_RS_BENCHMARK_COMPILE"):
+        compiled = Voter(BaseClassifier(network), Performance("bfloat16", channels_last=True, compile=True))
+        acts["bare passes, bf16 compiled"] = passes(compiled, x, rows)
+        acts["count_votes, bf16 compiled"] = lambda: count_votes(
+            compiled, x, Gaussian(SIGMA), DRAWS, num_classes=10, seed=0
+        )
+    tiny = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(784, 10),
+    )
+    tiny.to(DEVICE).eval()
+    two = "two convolutions:"
+    acts[f"{two} bare passes"] = passes(tiny, x, rows)
+    acts[f"{two} count_votes"] = lambda: count_votes(tiny, x, Gaussian(SIGMA), DRAWS, num_classes=10, seed=0)
+    seconds = interleaved(acts, benchmark, own)
+    print("\n" + tabulate(
+        [[name, f"{DRAWS / s:,.0f}", f"{s / seconds[own]:.2f}"] for name, s in seconds.items()],
+        headers=[f"ResNet-20, 3x32x32, on {DEVICE}", "passes/s", "time / ours"],
+    ))
+    goals = [
+        ["G1 overhead over the bare passes, fp32", "<= 1.05", seconds[own] / seconds[floor]],
+        ["G1 two convolutions", "<= 1.7", seconds[f"{two} count_votes"] / seconds[f"{two} bare passes"]],
+        ["G2 ART certify / ours, fp32", ">= 1.3", seconds["ART certify, batch 32"] / seconds[own]],
+        ["G2 plain loop at 400 / ours, fp32", ">= 1.8", seconds["plain loop, batch 400"] / seconds[own]],
+        ["G2 plain loop at 1000 / ours, fp32", ">= 3", seconds["plain loop, batch 1000"] / seconds[own]],
+        ["G9 exact mode / float mode", "<= 1.03", seconds[mode] / seconds[own]],
+    ]
+    if "count_votes, bf16 compiled" in seconds:
+        best = seconds["count_votes, bf16 compiled"]
+        goals += [
+            ["G1 overhead, bf16 compiled", "<= 1.08", best / seconds["bare passes, bf16 compiled"]],
+            ["G2 ART certify / ours, bf16 compiled", ">= 2", seconds["ART certify, batch 32"] / best],
+            ["G2 plain loop at 400 / ours, bf16 compiled", ">= 3", seconds["plain loop, batch 400"] / best],
+            ["G2 plain loop at 1000 / ours, bf16 compiled", ">= 5", seconds["plain loop, batch 1000"] / best],
+        ]
+    print("\n" + tabulate([[*goal[:2], f"{goal[2]:.2f}"] for goal in goals], headers=["goal", "wanted", "measured"]))
+    for name, _, value in goals:
+        benchmark.extra_info[name] = value
+
+
+@pytest.mark.skipif(not SHARED, reason="ART_RS_SHARED_DATA names no folder")
+def test_one_radius_end_to_end(benchmark, network: nn.Module) -> None:
+    """G7: a decision at one radius against the plain loop at batch 1,000 with n = 100,000, extrapolated from 2,000."""
+    from art_rs_plugins.benchmark.data import load
+
+    data = load("cifar10")
+    images = torch.from_numpy(data.x_test[::500]).to(DEVICE)
+    fast = Voter(BaseClassifier(network), Performance(channels_last=True))
+    rule = Sequential((0.25,))
+    acts: dict[str, Callable[[], object]] = {
+        "plain loop, batch 1000": plain_loop(network, images[:1], 1000),
+        "ours": lambda: certify(fast, images, Gaussian(SIGMA), num_classes=10, n=100_000, rule=rule, seed=0),
+    }
+    seconds = interleaved(acts, benchmark, "ours")
+    plain = seconds["plain loop, batch 1000"] * 100_100 / DRAWS
+    ours = seconds["ours"] / len(images)
+    used = certify(fast, images, Gaussian(SIGMA), num_classes=10, n=100_000, rule=rule, seed=0).n.mean() + 100
+    print(f"\nG7: one radius, {len(images)} CIFAR images: {ours:.2f} s and {used:,.0f} passes each;")
+    print(f"plain loop {plain:.1f} s (extrapolated): {plain / ours:.0f} times faster (goal >= 200)")
+    benchmark.extra_info["G7"] = plain / ours
