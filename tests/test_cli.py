@@ -13,7 +13,8 @@ from support import TEST, TRAIN, X, Y
 
 from art_rs_plugins.benchmark import runs
 from art_rs_plugins.benchmark.attacks import run_attack
-from art_rs_plugins.benchmark.records import read_record
+from art_rs_plugins.benchmark.data import load
+from art_rs_plugins.benchmark.records import read_record, to_certificates
 from art_rs_plugins.cli import main
 from art_rs_plugins.smoothing.performance import Performance
 
@@ -420,3 +421,24 @@ def test_demo_does_the_whole_job(monkeypatch, capsys, tmp_path):
     html = (tmp_path / "report.html").read_text()
     assert "<svg" in html
     assert "Contradictions: 0" in html
+
+
+def test_exact_certificates_from_the_command_line(monkeypatch, capsys, tmp_path, weights):
+    data = load("digits")
+    eight = tmp_path / "eight.npz"
+    arrays = {name: np.round(getattr(data, name) * 255) / 255 for name in ("x_train", "x_test")}
+    np.savez(eight, **arrays, y_train=data.y_train, y_test=data.y_test)
+    record = tmp_path / "exact.tsv"
+    words = ["certify", "--output", str(record), "--weights", str(weights), "--n", "1000", "--examples", ":12"]
+    code, _, _ = run(monkeypatch, capsys, *words, "--data", str(eight), "--noise", "grid", "--quiet")
+    assert code == 0
+    assert to_certificates(read_record(record)).kind == "exact"
+    code, out, _ = run(monkeypatch, capsys, "attack", str(record), "--attack", "pgd", "--budget", "0.5", "--quiet")
+    assert code == 0
+    assert "contradictions" in out
+    code, _, err = run(monkeypatch, capsys, *words[:2], str(tmp_path / "off.tsv"), *words[3:], "--noise", "grid")
+    assert code == 2
+    assert "x must lie on the grid k / 255" in err
+    code, _, err = run(monkeypatch, capsys, *words[:2], str(tmp_path / "no.tsv"), *words[3:], "--noise", "laplace")
+    assert code == 2
+    assert "noise must be one of gaussian, grid" in err

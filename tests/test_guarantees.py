@@ -38,7 +38,7 @@ def at_distance(w: np.ndarray, distance: float, count: int, *, b: float = 0.0) -
 
 @pytest.mark.parametrize(
     "dimension, inputs, distance",
-    [(2, 2000, 0.0), (2, 2000, 0.05), (2, 2000, 0.5), (2, 2000, 1.0), (2, 2000, -0.7),
+    [(2, 2000, 0.0), (2, 2000, 0.05), (2, 2000, 0.5), (2, 8000, 1.0), (2, 2000, -0.7),
      pytest.param(64, 2000, 0.5, marks=pytest.mark.slow), pytest.param(3072, 1200, 0.8, marks=pytest.mark.slow)],
 )   # fmt: skip
 def test_linear_classifiers_keep_the_promise(dimension: int, inputs: int, distance: float) -> None:

@@ -32,7 +32,8 @@ from art_rs_plugins.benchmark.models import (
 from art_rs_plugins.benchmark.records import Record, read_manifest, read_record, to_certificates
 from art_rs_plugins.benchmark.writer import RecordWriter
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
-from art_rs_plugins.smoothing.noise import check_seed, derive_seed
+from art_rs_plugins.smoothing.grid import GridGaussian
+from art_rs_plugins.smoothing.noise import Gaussian, check_seed, derive_seed
 from art_rs_plugins.smoothing.performance import Performance, measure_block
 from art_rs_plugins.smoothing.sampling import check_count, default_block, evaluating
 from art_rs_plugins.theory.audit import AttackOutcomes, Audit, audit
@@ -47,6 +48,9 @@ __all__ = ["Demo", "RunConfig", "TrainConfig", "attack", "certify", "demo", "ope
 
 GROUP = 16
 """Inputs between two writes of a record: what a crash can cost."""
+
+
+NOISES: dict[str, type[Gaussian] | type[GridGaussian]] = {"gaussian": Gaussian, "grid": GridGaussian}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ class RunConfig:
     device: str = "gpu"
     radii: tuple[float, ...] | None = None
     tolerance: float | None = None
+    noise: Literal["gaussian", "grid"] = "gaussian"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = False
     compile: bool = False
@@ -100,6 +105,8 @@ class RunConfig:
             Planned(self.tolerance)
         if self.radii is not None and self.tolerance is not None:
             raise ValueError("radii and tolerance each say how to decide; give one of them")
+        if self.noise not in NOISES:
+            raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {self.noise!r}")
         self.performance(None)
 
     def performance(self, block: int | None) -> Performance:
@@ -213,7 +220,12 @@ def open_estimator(config: RunConfig, block: int | None = None) -> tuple[Dataset
         load_weights(network, Path(config.weights))
     elif ":" not in config.model:
         raise ValueError(f"weights are needed for model {config.model!r}; train it first, or give a factory's path")
-    settings = {"sample_size": config.n0, "alpha": config.alpha, "performance": config.performance(block)}
+    settings = {
+        "sample_size": config.n0,
+        "alpha": config.alpha,
+        "noise": NOISES[config.noise],
+        "performance": config.performance(block),
+    }
     return data, _smooth(network, data, config.sigma, config.device, config.seed, **settings)
 
 
