@@ -180,7 +180,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         self.preprocessing_defences = self._set_preprocessing_defences(preprocessing_defences)
         self.postprocessing_defences = self._set_postprocessing_defences(postprocessing_defences)
         self.history_: list[Epoch] = []
-        self._ready: tuple[Any, Voter] | None = None
+        self._ready: tuple[Any, tuple[Tensor, ...], Voter] | None = None
         self._update_preprocessing_operations()
         if isinstance(model, SmoothedModule) and model.f.transform is not None and self.model.f.transform is None:
             raise ValueError(
@@ -349,11 +349,11 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         f: BaseClassifier = self.model.f
         if self.performance in (Performance(), Performance(block=self.performance.block)):
             return f
-        state = tuple((id(t), t._version) for t in (*f.parameters(), *f.buffers()))
-        key = (self.performance, id(f.network), id(f.transform), state)
-        if self._ready is None or self._ready[0] != key:
-            self._ready = (key, Voter(f, self.performance))
-        return self._ready[1]
+        key, state = (self.performance, id(f.network), id(f.transform)), (*f.parameters(), *f.buffers())
+        # values, not version counters: those miss whoever writes to parameter.data
+        if self._ready is None or self._ready[0] != key or not all(map(torch.equal, self._ready[1], state)):
+            self._ready = (key, tuple(t.detach().clone() for t in state), Voter(f, self.performance))
+        return self._ready[2]
 
     def certificates(
         self,

@@ -11,7 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from art_rs_plugins.smoothing.noise import Noise, Stage, check_seed
-from art_rs_plugins.smoothing.sampling import Classifier, check_count, check_indices, count_votes, make_sampler
+from art_rs_plugins.smoothing.sampling import (
+    Classifier,
+    check_count,
+    check_indices,
+    chunk_size,
+    count_votes,
+    make_sampler,
+)
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.rules import OneSided, Rule, TopTwo
 
@@ -107,8 +114,9 @@ def certify(
     n, n0, seed = check_count(n, "n"), check_count(n0, "n0"), check_seed(seed)
     keys = check_indices(indices, len(x))
     settings: dict[str, Any] = {"num_classes": num_classes, "seed": seed, "indices": keys, "block": block}
-    selection = count_votes(f, x, noise, n0, stage=Stage.SELECTION, **settings).cpu().numpy()
     sampler = make_sampler(f, x, noise, n, stage=Stage.ESTIMATION, **settings)
+    selector = replace(sampler, stage=Stage.SELECTION, chunk=min(chunk_size(sampler.block), n0))
+    selection = selector.count(np.arange(len(keys)), 0, n0).cpu().numpy()
 
     def sample(rows: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
         return np.asarray(sampler.count(rows, start, stop).cpu().numpy(), dtype=np.int64)
