@@ -1,5 +1,7 @@
 """certify and predict: what they return is what the votes and the rule say, row by row."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,10 @@ from closed_forms import Function, Linear, allowed
 from scipy.special import ndtri
 from scipy.stats import beta, binomtest
 
-from art_rs_plugins.smoothing.certify import certify, predict
+from art_rs_plugins.smoothing.certify import certify, certify_all, predict
 from art_rs_plugins.smoothing.noise import Gaussian, Stage
 from art_rs_plugins.smoothing.sampling import count_votes
-from art_rs_plugins.theory.rules import OneSided, TopTwo
+from art_rs_plugins.theory.rules import OneSided, Planned, Sequential, TopTwo
 
 F = Linear([1.0, -2.0, 0.5])
 X = torch.from_numpy(np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32))
@@ -134,3 +136,32 @@ def test_rules_of_ones_own_are_used() -> None:
     assert result.abstained.all()
     assert result.radius.tolist() == [0.0] * 8
     assert result.alpha.tolist() == [0.25] * 8
+
+
+def test_rules_that_share_draws_decide_as_they_do_alone() -> None:
+    rules = [OneSided(0.01), Sequential((0.1, 0.3, 0.5), 0.01), Sequential((0.2,), 0.001), Planned(0.05, 0.01)]
+    x = torch.linspace(-0.5, 0.7, 6)[:, None].repeat(1, 2)
+    seen = []
+
+    def f(noisy: torch.Tensor) -> torch.Tensor:
+        seen.append(len(noisy))
+        return torch.stack([noisy[:, 0], torch.zeros(len(noisy))], dim=1)
+
+    settings = {"num_classes": 2, "n": 20_000, "n0": 100, "seed": 4, "block": 200}
+    alone, passes = [], []
+    for rule in rules:
+        seen.clear()
+        alone.append(certify(f, x, Gaussian(0.5), rule=rule, **settings))
+        passes.append(sum(seen))
+    seen.clear()
+    shared = certify_all(f, x, Gaussian(0.5), rules=rules, **settings)
+    assert sum(seen) <= passes[0] + 200   # the others ask for nothing that the first did not draw
+    for one, other in zip(alone, shared, strict=True):
+        for field in dataclasses.fields(one):
+            assert np.array_equal(getattr(one, field.name), getattr(other, field.name)), field.name
+    backwards = certify_all(f, x, Gaussian(0.5), rules=rules[::-1], **settings)[::-1]
+    assert all(np.array_equal(a.count, b.count) for a, b in zip(shared, backwards, strict=True))
+    with pytest.raises(ValueError, match="rules must hold"):
+        certify_all(f, x, Gaussian(0.5), rules=[], **settings)
+    few = certify_all(f, x, Gaussian(0.5), rules=[OneSided(0.1), OneSided(0.2)], **{**settings, "n": 40})
+    assert np.array_equal(few[0].count, certify(f, x, Gaussian(0.5), rule=OneSided(0.1), **{**settings, "n": 40}).count)

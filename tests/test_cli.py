@@ -56,8 +56,8 @@ def test_train_certify_attack_report(monkeypatch, capsys, tmp_path):
     assert len(lines) == 21
     manifest = json.loads((tmp_path / "r" / "digits.manifest.json").read_text())
     assert manifest["config"]["n"] == 1000
-    facts = {"network_sha256", "data_sha256", "labels_sha256", "indices_sha256", "device", "dtype", "block", "versions"}
-    assert facts <= set(manifest)
+    facts = {"network_sha256", "data_sha256", "labels_sha256", "indices_sha256", "device", "performance", "block"}
+    assert facts | {"versions"} <= set(manifest)
     assert isinstance(manifest["block"], int)
     assert manifest["training"]["sigma"] == "0.25"
     assert manifest["training"]["epochs"] == "15"
@@ -386,7 +386,7 @@ def test_dtype_and_layout_are_recorded_and_attacked_as_they_were(monkeypatch, ca
     code, _, _ = run(monkeypatch, capsys, *words, "--n", "500", "--examples", ":6", "--quiet")
     assert code == 0
     manifest = json.loads(record.with_name("fast.manifest.json").read_text())
-    assert (manifest["dtype"], manifest["layout"]) == ("bfloat16", "channels_last")
+    assert manifest["performance"] == "bfloat16, channels_last"
     seen = []
 
     def remember(attack, estimator, *args, **settings):

@@ -142,3 +142,30 @@ def test_weights_written_behind_autograds_back_reach_the_voter():
     after = fast.certificates(X[:3], n=500, seed=0).count
     assert not np.array_equal(before, after)
     assert np.abs(after - smooth(network).certificates(X[:3], n=500, seed=0).count).max() <= 2
+
+
+def test_a_compiled_network_meets_one_shape(monkeypatch):
+    """Probes and short passes are padded to the rows of a whole pass: another shape would compile again."""
+    shapes = set()
+
+    def compiler(module, **_):
+        module.register_forward_hook(lambda *call: shapes.add(tuple(call[1][0].shape)))
+        return module
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    network = digits_network()
+    compiled = smooth(network, performance=Performance(compile=True, block=250))
+    found = compiled.certificates(X[:3], n=330, seed=1)
+    assert np.array_equal(found.count, smooth(network).certificates(X[:3], n=330, seed=1).count)
+    compiled.predict(X[:3], seed=2)
+    assert shapes == {(200, 1, 8, 8)}
+
+
+def test_a_certificate_says_how_its_network_computed():
+    network = digits_network()
+    fast = smooth(network, performance=Performance("bfloat16", channels_last=True, block=100))
+    found, plain = fast.certificates(X[:2], n=100), smooth(network).certificates(X[:2], n=100)
+    assert (found.performance, plain.performance) == ("bfloat16, channels_last", "float32")
+    assert str(Performance(compile=True)) == "float32, compiled"
+    with pytest.raises(ValueError, match="different performance cannot be joined"):
+        type(found).concatenate([found, plain])

@@ -269,6 +269,7 @@ def to_certificates(record: Record) -> Certificates:
         abstained=record.abstained,
         index=record.idx,
         kind=record.kind,
+        performance=str((record.manifest or {}).get("performance", "float32")),
         **numbers,
     )
 

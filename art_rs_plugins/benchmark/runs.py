@@ -308,8 +308,7 @@ def _facts(
     device = estimator.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": config.dtype,
-        "layout": "channels_last" if config.channels_last else "contiguous",
+        "performance": str(estimator.performance),
         "block": estimator.performance.block or default_block(estimator.input_shape, device),
         "seed": config.seed,
         "network_sha256": network_digest(estimator.model.base),

@@ -6,6 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +33,7 @@ from art_rs_plugins.estimators.inputs import (
     warn_if_hopeless,
 )
 from art_rs_plugins.estimators.preprocessing import is_augmentation, make_transform
-from art_rs_plugins.smoothing.certify import Predictions, certify, predict
+from art_rs_plugins.smoothing.certify import Predictions, certify_all, predict
 from art_rs_plugins.smoothing.grid import GridGaussian
 from art_rs_plugins.smoothing.modules import BaseClassifier, SmoothedModule, looks_like_probabilities
 from art_rs_plugins.smoothing.noise import Gaussian, Key, Stage, check_seed, derive_seed, standard_normal
@@ -161,8 +162,9 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
             raise ValueError("loss must reduce to a scalar; use reduction='mean'")
         sigma, bank_samples = as_sigma(scale), check_count(bank_samples, "bank_samples")
         self._performance, self._noise = as_performance(performance), as_noise(noise)
+        network = self._network(base)
         super().__init__(
-            model=SmoothedModule(base, sigma, samples=bank_samples, seed=seed, block=self._performance.block),
+            model=SmoothedModule(network, sigma, samples=bank_samples, seed=seed, block=self._performance.block),
             loss=loss,
             input_shape=tuple(input_shape),
             nb_classes=nb_classes,
@@ -175,7 +177,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
             scale=sigma,
             alpha=alpha,
         )
-        self._layer_names = [name for name, _ in base.named_children()]
+        self._layer_names = [name for name, _ in network.named_children()]
         self.preprocessing = self._set_preprocessing(preprocessing)
         self.preprocessing_defences = self._set_preprocessing_defences(preprocessing_defences)
         self.postprocessing_defences = self._set_postprocessing_defences(postprocessing_defences)
@@ -342,6 +344,42 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
             )
         self.model.probabilities = looks_like_probabilities(outputs)
 
+    # ------------------------------------------------------------------ what a method may change
+
+    def _network(self, network: nn.Module) -> nn.Module:
+        """The network that is smoothed, from the one that was given."""
+        return network
+
+    def _rule(self, radii: tuple[float, ...] | None) -> Rule:
+        """How to decide where the caller does not say: for the whole radius, or for named ones."""
+        return OneSided(self.alpha) if radii is None else Sequential(radii, self.alpha)
+
+    def _certify(
+        self, f: nn.Module, x: Tensor, *, n: int, n0: int, rules: Sequence[Rule], seed: int, indices: NDArray[np.int64]
+    ) -> list[Certificates]:
+        """Certificates of one group of inputs under each rule, from the base classifier as it votes."""
+        return certify_all(f, x, self.noise(self.scale), n=n, n0=n0, rules=rules, **self._votes(seed, indices))
+
+    def _predict(
+        self, f: nn.Module, x: Tensor, *, n: int, alpha: float, seed: int, indices: NDArray[np.int64]
+    ) -> Predictions:
+        """Predictions for one group of inputs."""
+        return predict(f, x, self.noise(self.scale), n=n, alpha=alpha, **self._votes(seed, indices))
+
+    def _votes(self, seed: int, indices: NDArray[np.int64]) -> dict[str, Any]:
+        """What every count of votes takes."""
+        block = self.performance.block
+        return {"num_classes": self.nb_classes, "seed": seed, "indices": indices, "block": block}
+
+    def _objective(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Training loss of noisy logits (m, b, k) and labels."""
+        value: Tensor = self.loss(logits.flatten(0, 1), labels.expand(len(logits), *labels.shape).flatten(0, 1))
+        return value
+
+    def _training(self) -> dict[str, Any]:
+        """Settings of `training.fit`: the loss, the noise, the copies of an input."""
+        return {"loss": self._objective, "noise": Gaussian(self.scale)}
+
     # ------------------------------------------------------------------ certificates and predictions
 
     def _voter(self) -> nn.Module:
@@ -354,6 +392,12 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         if self._ready is None or self._ready[0] != key or not all(map(torch.equal, self._ready[1], state)):
             self._ready = (key, tuple(t.detach().clone() for t in state), Voter(f, self.performance))
         return self._ready[2]
+
+    @staticmethod
+    def _groups(total: int, batch_size: int) -> list[slice]:
+        """Parts of `total` inputs that lie on the device together."""
+        size = check_count(batch_size, "batch_size")
+        return [slice(start, start + size) for start in range(0, total, size)]
 
     def certificates(
         self,
@@ -411,41 +455,67 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
 
         *Source.* Cohen et al. (2019), CERTIFY, theorem 1 and proposition 2.
         """
-        inputs = self._inputs(x, strict=True)
-        keys, size, seed = check_indices(indices, len(inputs)), check_count(batch_size, "batch_size"), check_seed(seed)
         if sum(choice is not None for choice in (radii, tolerance, rule)) > 1:
             raise ValueError("radii, tolerance and rule each say how to decide; give one of them")
-        if radii is not None:
-            rule = Sequential(tuple(np.atleast_1d(np.asarray(radii, dtype=np.float64)).tolist()), self.alpha)
-        elif tolerance is not None:
-            rule, n0 = Planned(tolerance, self.alpha), max(self.sample_size, PILOT) if n0 is None else n0
         if n is None:
             n = N_MAX if radii is not None or tolerance is not None else N
-        if rule is None and 0.5 ** check_count(n, "n") > self.alpha:
+        if radii is None and tolerance is None and rule is None and 0.5 ** check_count(n, "n") > self.alpha:
             warnings.warn(
                 f"n={n} draws can never certify at alpha={self.alpha}: every input will abstain; use a larger n",
                 stacklevel=2,
             )
-        parts = []
+        if radii is not None:
+            rule = self._rule(tuple(np.atleast_1d(np.asarray(radii, dtype=np.float64)).tolist()))
+        elif tolerance is not None:
+            rule, n0 = Planned(tolerance, self.alpha), max(self.sample_size, PILOT) if n0 is None else n0
+        rules = [self._rule(None) if rule is None else rule]
+        return self.compare(x, rules, n=n, n0=n0, indices=indices, seed=seed, batch_size=batch_size)[0]
+
+    def compare(
+        self,
+        x: ArrayLike | Tensor,
+        rules: Sequence[Rule],
+        *,
+        n: int = N,
+        n0: int | None = None,
+        indices: ArrayLike | None = None,
+        seed: int | None = None,
+        batch_size: int = 128,
+    ) -> list[Certificates]:
+        """Certify b inputs under several rules that share their draws.
+
+        Parameters
+        ----------
+        x, n, n0, indices, seed, batch_size
+            As in `certificates`.
+        rules : sequence of Rule
+            From votes to a decision.
+
+        Returns
+        -------
+        list of Certificates
+            One for each rule, the same as `certificates` gives for it.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As `certificates`, and for no rules.
+
+        Notes
+        -----
+        *Guarantee.* That of `certificates` for each rule on its own.
+        """
+        inputs = self._inputs(x, strict=True)
+        keys, seed = check_indices(indices, len(inputs)), check_seed(seed)
+        settings: dict[str, Any] = {"n": n, "n0": self.sample_size if n0 is None else n0, "rules": rules, "seed": seed}
         with evaluating(self.model):
             f = self._voter()
-            for start in range(0, len(inputs), size):
-                rows = slice(start, start + size)
-                parts.append(
-                    certify(
-                        f,
-                        inputs[rows].to(self.device),
-                        self.noise(self.scale),
-                        num_classes=self.nb_classes,
-                        n=n,
-                        n0=self.sample_size if n0 is None else n0,
-                        rule=OneSided(self.alpha) if rule is None else rule,
-                        seed=seed,
-                        indices=keys[rows],
-                        block=self.performance.block,
-                    )
-                )
-        return Certificates.concatenate(parts)
+            groups = [
+                self._certify(f, inputs[rows].to(self.device), indices=keys[rows], **settings)
+                for rows in self._groups(len(inputs), batch_size)
+            ]
+        found = [Certificates.concatenate(parts) for parts in zip(*groups, strict=True)]
+        return [replace(certificates, performance=str(self.performance)) for certificates in found]
 
     def certify(
         self,
@@ -530,26 +600,16 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         *Source.* Cohen et al. (2019), PREDICT and proposition 1.
         """
         inputs = self._inputs(x)
-        keys, size, seed = check_indices(indices, len(inputs)), check_count(batch_size, "batch_size"), check_seed(seed)
-        warn_if_hopeless(self.sample_size if n is None else check_count(n, "n"), self.alpha if alpha is None else alpha)
-        parts = []
+        keys, seed = check_indices(indices, len(inputs)), check_seed(seed)
+        n, alpha = self.sample_size if n is None else check_count(n, "n"), self.alpha if alpha is None else alpha
+        warn_if_hopeless(n, alpha)
+        groups = self._groups(len(inputs), batch_size)
         with evaluating(self.model):
             f = self._voter()
-            for start in tqdm(range(0, len(inputs), size), desc="Randomized smoothing", disable=not verbose):
-                rows = slice(start, start + size)
-                parts.append(
-                    predict(
-                        f,
-                        inputs[rows].to(self.device),
-                        self.noise(self.scale),
-                        num_classes=self.nb_classes,
-                        n=self.sample_size if n is None else n,
-                        alpha=self.alpha if alpha is None else alpha,
-                        seed=seed,
-                        indices=keys[rows],
-                        block=self.performance.block,
-                    )
-                )
+            parts = [
+                self._predict(f, inputs[rows].to(self.device), n=n, alpha=alpha, seed=seed, indices=keys[rows])
+                for rows in tqdm(groups, desc="Randomized smoothing", disable=not verbose)
+            ]
         return Predictions.concatenate(parts)
 
     def predict(self, x: Array, batch_size: int = 128, verbose: bool = False, **kwargs: Any) -> Array:
@@ -878,10 +938,6 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
             raise ValueError("optimizer is needed to train, but none was given to the constructor")
         check_count(epochs, "nb_epochs")
 
-        def objective(logits: Tensor, labels: Tensor) -> Tensor:
-            value: Tensor = self.loss(logits.flatten(0, 1), labels.expand(len(logits), *labels.shape).flatten(0, 1))
-            return value
-
         with tqdm(total=epochs, desc="Epochs", disable=not verbose) as bar:
 
             def report(epoch: Epoch) -> None:
@@ -891,14 +947,13 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
             self.history_ = fit(
                 self.model.f,
                 batches,
-                noise=Gaussian(self.scale),
                 optimizer=self.optimizer,
                 epochs=epochs,
-                loss=objective,
                 scheduler=scheduler,
                 train_mode=train_mode,
                 seed=seed,
                 callback=report,
+                **self._training(),
             )
 
     def _next_seed(self) -> int:

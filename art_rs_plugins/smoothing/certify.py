@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from art_rs_plugins.smoothing.noise import Noise, Stage, check_seed
 from art_rs_plugins.smoothing.sampling import (
+    CHUNK,
     Classifier,
+    Sampler,
     check_count,
     check_indices,
     chunk_size,
@@ -20,9 +23,10 @@ from art_rs_plugins.smoothing.sampling import (
     make_sampler,
 )
 from art_rs_plugins.theory.certificates import Certificates
-from art_rs_plugins.theory.rules import OneSided, Rule, TopTwo
+from art_rs_plugins.theory.rules import OneSided, Rule, TopTwo, Votes
+from art_rs_plugins.theory.sequences import schedule
 
-__all__ = ["Predictions", "certify", "predict"]
+__all__ = ["Predictions", "certify", "certify_all", "predict"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,39 +114,104 @@ def certify(
 
     *Source.* Cohen et al. (2019), CERTIFY, theorem 1 and proposition 2.
     """
-    rule = OneSided() if rule is None else rule
+    rules = [OneSided() if rule is None else rule]
+    settings: dict[str, Any] = {"num_classes": num_classes, "n": n, "n0": n0, "seed": seed, "block": block}
+    return certify_all(f, x, noise, rules=rules, indices=indices, **settings)[0]
+
+
+def certify_all(
+    f: Classifier,
+    x: Tensor,
+    noise: Noise,
+    *,
+    num_classes: int,
+    n: int,
+    n0: int = 100,
+    rules: Sequence[Rule],
+    seed: int | None = None,
+    indices: ArrayLike | None = None,
+    block: int | None = None,
+) -> list[Certificates]:
+    """Certify under several rules that share their draws, as a comparison of rules should.
+
+    Parameters
+    ----------
+    f, x, noise, num_classes, n, n0, seed, indices, block
+        As in `certify`.
+    rules : sequence of Rule
+        Each decides by itself; a draw that several of them ask for is voted on once.
+
+    Returns
+    -------
+    list of Certificates
+        One for each rule, with the same bits as `certify` gives for it.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `certify`, and for no rules.
+
+    Notes
+    -----
+    *Guarantee.* That of `certify` for each rule on its own. For the best of several radii at one input the failure
+    probabilities add.
+    """
+    if not rules:
+        raise ValueError("rules must hold at least one rule")
     n, n0, seed = check_count(n, "n"), check_count(n0, "n0"), check_seed(seed)
     keys = check_indices(indices, len(x))
     settings: dict[str, Any] = {"num_classes": num_classes, "seed": seed, "indices": keys, "block": block}
     sampler = make_sampler(f, x, noise, n, stage=Stage.ESTIMATION, **settings)
     selector = replace(sampler, stage=Stage.SELECTION, chunk=min(chunk_size(sampler.block), n0))
     selection = selector.count(np.arange(len(keys)), 0, n0).cpu().numpy()
-
-    def sample(rows: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
-        return np.asarray(sampler.count(rows, start, stop).cpu().numpy(), dtype=np.int64)
-
-    level = noise.level(rule.alpha, n, x[0].numel())
-    bounded = rule if level == rule.alpha else replace(rule, alpha=level)   # type: ignore[type-var]
+    sample = _Shared(sampler, n) if len(rules) > 1 else sampler.votes
     size, sigma = len(keys), noise.for_inputs(len(keys))
-    decision = bounded.run(selection, n0, sample, n, sigma)
-    radius = noise.radius(decision.failure, decision.p_upper) if decision.radius is None else decision.radius
-    return Certificates(
-        prediction=decision.prediction,
-        radius=np.where(decision.abstained, 0.0, radius),
-        abstained=decision.abstained,
-        p_lower=decision.p_lower,
-        p_upper=decision.p_upper,
-        count=decision.count,
-        runner_up_count=decision.runner_up_count,
-        n=decision.n,
-        n0=np.full(size, n0),
-        sigma=sigma,
-        alpha=np.full(size, rule.alpha),
-        index=keys,
-        seed=np.full(size, seed),
-        kind=noise.kind,
-        norm=noise.norm,
-    )
+    found = []
+    for rule in rules:
+        level = noise.level(rule.alpha, n, x[0].numel())
+        bounded = rule if level == rule.alpha else replace(rule, alpha=level)   # type: ignore[type-var]
+        decision = bounded.run(selection, n0, sample, n, sigma)
+        radius = noise.radius(decision.failure, decision.p_upper) if decision.radius is None else decision.radius
+        found.append(
+            Certificates(
+                prediction=decision.prediction,
+                radius=np.where(decision.abstained, 0.0, radius),
+                abstained=decision.abstained,
+                p_lower=decision.p_lower,
+                p_upper=decision.p_upper,
+                count=decision.count,
+                runner_up_count=decision.runner_up_count,
+                n=decision.n,
+                n0=np.full(size, n0),
+                sigma=sigma,
+                alpha=np.full(size, rule.alpha),
+                index=keys,
+                seed=np.full(size, seed),
+                kind=noise.kind,
+                norm=noise.norm,
+            )
+        )
+    return found
+
+
+class _Shared:
+    """Estimation votes that are drawn once, however many rules ask for them: in the steps of the schedule of looks."""
+
+    def __init__(self, sampler: Sampler, n: int) -> None:
+        self.sampler = sampler
+        self.looks = np.array(schedule(n) if n > CHUNK else (n,))
+        self.known: dict[tuple[int, int, int], Votes] = {}   # (row, start, stop) to votes
+
+    def __call__(self, rows: NDArray[np.int64], start: int, stop: int) -> Votes:
+        cuts = [start, *self.looks[(self.looks > start) & (self.looks < stop)].tolist(), stop]
+        total = np.zeros((len(rows), self.sampler.num_classes), dtype=np.int64)
+        for begin, end in pairwise(cuts):
+            missing = [row for row in rows.tolist() if (row, begin, end) not in self.known]
+            if missing:
+                drawn = self.sampler.votes(np.array(missing), begin, end)
+                self.known |= {(row, begin, end): votes for row, votes in zip(missing, drawn, strict=True)}
+            total += np.stack([self.known[row, begin, end] for row in rows.tolist()])
+        return total
 
 
 def predict(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from art_rs_plugins.smoothing.modules import BaseClassifier
-from art_rs_plugins.smoothing.sampling import CHUNK, check_count, default_block
+from art_rs_plugins.smoothing.sampling import CHUNK, check_count, chunk_size, default_block
 
 __all__ = ["Performance", "Voter", "measure_block"]
 
@@ -50,6 +50,11 @@ class Performance:
         if self.block is not None:
             check_count(self.block, "block")
 
+    def __str__(self) -> str:
+        """What of it the base classifier depends on, such as ``bfloat16, channels_last, compiled``."""
+        parts = [self.dtype, "channels_last" * self.channels_last, "compiled" * self.compile]
+        return ", ".join(part for part in parts if part)
+
     def check_device(self, device: torch.device) -> None:
         """Raise ``ValueError`` if the device does not compute with this dtype."""
         if self.dtype == "float16" and device.type == "cpu":
@@ -78,20 +83,37 @@ class Voter(nn.Module):
         if performance.channels_last:
             ready = ready.to(memory_format=torch.channels_last)   # type: ignore[call-overload]
         self.dtype = _DTYPES[performance.dtype]
-        self.channels_last = performance.channels_last
-        self.f = torch.compile(ready, dynamic=False) if performance.compile else ready
+        self.performance = performance
+        self.f = torch.compile(ready, dynamic=False, mode=_compile_mode(ready)) if performance.compile else ready
         self.eval()
 
     def forward(self, noisy: Tensor) -> Tensor:
         """Logits (m, k) of noisy inputs (m, ...), float32."""
-        if self.channels_last and noisy.ndim == 4:
+        count = len(noisy)
+        if self.performance.compile:
+            noisy = self._padded(noisy)
+        if self.performance.channels_last and noisy.ndim == 4:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
         if self.dtype is None:
             logits: Tensor = self.f(noisy)
-            return logits
+            return logits[:count]
         with torch.autocast(noisy.device.type, dtype=self.dtype):
             logits = self.f(noisy)
-        return logits.float()
+        return logits[:count].float()
+
+    def _padded(self, noisy: Tensor) -> Tensor:
+        """Rows of a whole forward pass, so that one compiled shape serves probes and short passes as well."""
+        block = self.performance.block or default_block(noisy.shape[1:], noisy.device)
+        rows = block // chunk_size(block) * chunk_size(block)
+        if len(noisy) >= rows:
+            return noisy
+        return torch.cat([noisy, noisy[-1:].expand(rows - len(noisy), *noisy.shape[1:])])
+
+
+def _compile_mode(f: nn.Module) -> str:
+    """On GPUs a compiled pass is replayed as one CUDA graph, which small networks are bound by otherwise."""
+    cuda = any(parameter.is_cuda for parameter in f.parameters())
+    return "reduce-overhead" if cuda else "default"
 
 
 def measure_block(f: nn.Module, shape: tuple[int, ...], device: torch.device) -> int:

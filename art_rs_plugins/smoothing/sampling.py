@@ -221,6 +221,10 @@ class Sampler:
                 votes.scatter_add_(0, cells, counted.to(torch.int64))
         return votes.view(len(rows), self.num_classes)
 
+    def votes(self, rows: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
+        """Votes as `count` gives them, on the host: what a rule asks for."""
+        return np.asarray(self.count(rows, start, stop).cpu().numpy(), dtype=np.int64)
+
 
 def make_sampler(
     f: Classifier,

@@ -51,6 +51,8 @@ class Certificates:
         ``certified``, ``exact``, ``committed`` or ``conditional``; see `Kind`.
     norm : float
         Order of the norm, 2 for Gaussian noise.
+    performance : str
+        How the network computed when it voted, such as ``float32``: the certificate is about it as it then computes.
 
     Raises
     ------
@@ -80,6 +82,7 @@ class Certificates:
     seed: NDArray[np.int64]
     kind: Kind = "certified"
     norm: float = 2.0
+    performance: str = "float32"
 
     def __post_init__(self) -> None:
         prediction = np.asarray(self.prediction)
@@ -126,10 +129,10 @@ class Certificates:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Certificates]) -> Certificates:
-        """Join certificates of one kind and norm, in order; ``ValueError`` where these differ or nothing is given."""
+        """Join certificates of one kind, norm and performance; ``ValueError`` where these differ or nothing is given."""
         if not parts:
             raise ValueError("parts must hold at least one Certificates")
-        for name in ("kind", "norm"):
+        for name in ("kind", "norm", "performance"):
             values = {getattr(part, name) for part in parts}
             if len(values) > 1:
                 raise ValueError(f"certificates of different {name} cannot be joined: {sorted(map(str, values))}")

@@ -17,7 +17,7 @@ from scipy.special import ndtr
 from art_rs_plugins.theory.bounds import check_alpha, clopper_pearson_lower, clopper_pearson_upper, top_two_p_value
 from art_rs_plugins.theory.sequences import GatekeptTable, plan_draws, schedule
 
-__all__ = ["Decision", "OneSided", "Planned", "Rule", "Sample", "Sequential", "TopTwo", "Verdict"]
+__all__ = ["Decision", "OneSided", "Planned", "Rule", "Sample", "Sequential", "TopTwo", "Verdict", "Votes"]
 
 Votes = NDArray[np.int64]
 
