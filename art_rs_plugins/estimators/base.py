@@ -910,14 +910,16 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
             ``scheduler``, as in `fit`.
         """
 
-        def batches(_: int) -> Iterator[tuple[Tensor, Tensor]]:
+        def batches(_: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            seen = 0
             if isinstance(generator, PyTorchDataGenerator):
                 found: Iterable[Any] = generator.iterator
             else:
                 found = (generator.get_batch() for _ in range(max(1, generator.size // generator.batch_size)))
             for x, y in found:
                 inputs, targets = self._training_batch(x, y)
-                yield torch.from_numpy(inputs), torch.from_numpy(targets)
+                yield torch.from_numpy(inputs), torch.from_numpy(targets), torch.arange(seen, seen + len(inputs))
+                seen += len(inputs)
 
         scheduler = kwargs.get("scheduler")
         self._train(
@@ -926,7 +928,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
 
     def _train(
         self,
-        batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+        batches: Callable[[int], Iterable[tuple[Tensor, Tensor, Tensor]]],
         epochs: int,
         *,
         seed: int,
