@@ -39,7 +39,7 @@ from art_rs_plugins.smoothing.modules import BaseClassifier, SmoothedModule, loo
 from art_rs_plugins.smoothing.noise import Gaussian, Key, Stage, check_seed, derive_seed, standard_normal
 from art_rs_plugins.smoothing.performance import Performance, Voter
 from art_rs_plugins.smoothing.sampling import check_count, check_indices, evaluating
-from art_rs_plugins.smoothing.training import Epoch, Scheduler, fit, shuffled
+from art_rs_plugins.smoothing.training import Adversary, Epoch, Loss, NoiseSchedule, Scheduler, fit, shuffled
 from art_rs_plugins.theory.bounds import check_alpha
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.rules import OneSided, Planned, Rule, Sequential
@@ -95,10 +95,17 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         ``Gaussian``, or ``GridGaussian`` for inputs of 8 bits, whose certificates hold in floating point.
     performance : Performance, optional
         How the network votes: dtype, layout, compilation, rows of a forward pass. float32 as it is by default.
+    objective : Loss, optional
+        What `fit` minimises, of the logits (draws, b, nb_classes) of noisy copies; see `smoothing.losses`. By default
+        the mean of `loss` over them.
+    draws : int
+        Noisy copies of each input in training.
+    adversary : Adversary, optional
+        Moves the inputs of a batch before `fit` takes the loss, such as `SmoothAdv`.
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         For sigma, alpha or counts out of range, a network that does not fit input_shape and nb_classes, or
         postprocessing defences.
 
@@ -129,6 +136,9 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         "seed",
         "noise",
         "performance",
+        "objective",
+        "draws",
+        "adversary",
     ]
 
     def __init__(
@@ -152,6 +162,9 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         seed: int = 0,
         noise: type[Gaussian] | type[GridGaussian] = Gaussian,
         performance: Performance | None = None,
+        objective: Loss | None = None,
+        draws: int = 1,
+        adversary: Adversary | None = None,
     ) -> None:
         base = model.base if isinstance(model, SmoothedModule) else model
         if not isinstance(base, nn.Module):
@@ -162,6 +175,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
             raise ValueError("loss must reduce to a scalar; use reduction='mean'")
         sigma, bank_samples = as_sigma(scale), check_count(bank_samples, "bank_samples")
         self._performance, self._noise = as_performance(performance), as_noise(noise)
+        self.objective, self.draws, self.adversary = objective, draws, adversary
         network = self._network(base)
         super().__init__(
             model=SmoothedModule(network, sigma, samples=bank_samples, seed=seed, block=self._performance.block),
@@ -282,6 +296,37 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         self._performance = as_performance(value)
         self.model.block = self._performance.block
 
+    @property
+    def objective(self) -> Loss | None:
+        """What `fit` minimises; the mean of ``loss`` over the noisy copies if None."""
+        return self._objective
+
+    @objective.setter
+    def objective(self, value: Loss | None) -> None:
+        if value is not None and not callable(value):
+            raise TypeError(f"objective must be a loss of noisy logits, such as ADRE(), got {type(value).__name__}")
+        self._objective = value
+
+    @property
+    def draws(self) -> int:
+        """Noisy copies of each input in training."""
+        return self._draws
+
+    @draws.setter
+    def draws(self, value: int) -> None:
+        self._draws = check_count(value, "draws")
+
+    @property
+    def adversary(self) -> Adversary | None:
+        """What moves the inputs of a batch in training."""
+        return self._adversary
+
+    @adversary.setter
+    def adversary(self, value: Adversary | None) -> None:
+        if value is not None and not callable(getattr(value, "attack", None)):
+            raise TypeError(f"adversary must have a method attack, such as SmoothAdv(eps), got {type(value).__name__}")
+        self._adversary = value
+
     def set_params(self, **kwargs: Any) -> None:
         """Change settings, all of them or, if one is refused, none.
 
@@ -371,14 +416,14 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         block = self.performance.block
         return {"num_classes": self.nb_classes, "seed": seed, "indices": indices, "block": block}
 
-    def _objective(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Training loss of noisy logits (m, b, k) and labels."""
+    def _training_noise(self) -> Gaussian | NoiseSchedule:
+        """Noise of training."""
+        return Gaussian(self.scale)
+
+    def _mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of ART's constructor, over all noisy copies."""
         value: Tensor = self.loss(logits.flatten(0, 1), labels.expand(len(logits), *labels.shape).flatten(0, 1))
         return value
-
-    def _training(self) -> dict[str, Any]:
-        """Settings of `training.fit`: the loss, the noise, the copies of an input."""
-        return {"loss": self._objective, "noise": Gaussian(self.scale)}
 
     # ------------------------------------------------------------------ certificates and predictions
 
@@ -955,7 +1000,10 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
                 train_mode=train_mode,
                 seed=seed,
                 callback=report,
-                **self._training(),
+                noise=self._training_noise(),
+                loss=self._mean_loss if self.objective is None else self.objective,
+                draws=self.draws,
+                adversary=self.adversary,
             )
 
     def _next_seed(self) -> int:

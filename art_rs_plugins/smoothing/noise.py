@@ -47,6 +47,7 @@ class Stage(IntEnum):
     TRAINING = 4
     BANK = 5
     ATTACK = 6
+    SEARCH = 7
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ or a tie) appear in no column; a rule learns of them through the number of draws
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from art_rs_plugins.theory.bounds import check_alpha, clopper_pearson_lower, clopper_pearson_upper, top_two_p_value
-from art_rs_plugins.theory.sequences import GatekeptTable, plan_draws, schedule
+from art_rs_plugins.theory.sequences import GatekeptTable, Progress, plan_draws, schedule
 
 __all__ = ["Decision", "OneSided", "Planned", "Rule", "Sample", "Sequential", "TopTwo", "Verdict", "Votes"]
 
@@ -217,46 +218,71 @@ class Sequential:
 
     def run(self, selection: Votes, n0: int, sample: Sample, n: int, sigma: NDArray[np.float64]) -> Decision:
         """Decide with at most n draws; see `Rule`. ``ValueError`` if n is below the first look."""
-        guess = check_votes(selection, n0, "selection").argmax(axis=1).astype(np.int64)
-        passed, taken = np.zeros(len(guess), dtype=np.int64), np.zeros(len(guess), dtype=np.int64)
-        votes = np.zeros_like(selection)
-        for level in np.unique(sigma):
-            group = np.flatnonzero(sigma == level)
-            found = self._descend(group, guess[group], votes.shape[1], sample, n, float(level))
-            passed[group], taken[group], votes[group] = found
-        radius = np.array([0.0, *self.radii])[passed]
-        failure = np.where(passed > 0, ndtr(-radius / sigma), 1.0)
+        pilot = check_votes(selection, n0, "selection")
+        return self._establish(pilot, np.zeros(len(pilot)), sample, n, sigma)
+
+    def _establish(
+        self, pilot: Votes, middle: NDArray[np.float64], sample: Sample, n: int, sigma: NDArray[np.float64]
+    ) -> Decision:
+        """Establish p_A > Phi(middle + r / sigma) and every rival's p_c < Phi(middle - r / sigma), r ascending."""
+        guess, each, looks = pilot.argmax(axis=1).astype(np.int64), np.arange(len(pilot)), schedule(n)
+        votes, taken, passed = np.zeros_like(pilot), np.zeros(len(pilot), np.int64), np.zeros(len(pilot), np.int64)
+        undecided, before = np.zeros(len(pilot), dtype=bool), 0
+        groups, states = [], []
+        for level, height in sorted(set(zip(sigma.tolist(), middle.tolist(), strict=True))):
+            tables = _tables(tuple((np.array(self.radii) / level).tolist()), height, looks, self.alpha, self.beta)
+            rows = np.flatnonzero((sigma == level) & (middle == height))
+            groups.append((rows, tables))
+            states.append([table.start(len(rows)) for table in tables])
+            undecided[rows] = len(tables) > 0
+        for look in looks:
+            active = np.flatnonzero(undecided)
+            if not len(active):
+                break
+            votes[active] += sample(active, before, look)
+            taken[active], before = look, look
+            counts = np.stack([votes[each, guess], taken - strongest_rival(votes, guess, taken)])
+            for i, (rows, tables) in enumerate(groups):
+                if undecided[rows].any():
+                    states[i] = _advance(tables, states[i], counts[:, rows])
+                    passed[rows] = np.min([state.passed for state in states[i]], axis=0)
+                    undecided[rows] = ~np.all([state.decided for state in states[i]], axis=0)
+        radius, known = np.array([0.0, *self.radii])[passed], passed > 0
         return Decision(
             prediction=guess,
-            abstained=passed == 0,
-            failure=failure,
-            p_lower=np.where(passed > 0, ndtr(radius / sigma), 0.0),
-            p_upper=failure,
-            count=votes[np.arange(len(guess)), guess],
+            abstained=~known,
+            failure=np.where(known, ndtr(-radius / sigma - middle), 1.0),
+            p_lower=np.where(known, ndtr(radius / sigma + middle), 0.0),
+            p_upper=np.where(known, ndtr(middle - radius / sigma), 1.0),
+            count=votes[each, guess],
             runner_up_count=strongest_rival(votes, guess, taken),
             n=taken,
             radius=radius,
         )
 
-    def _descend(
-        self, rows: NDArray[np.int64], guess: NDArray[np.int64], classes: int, sample: Sample, n: int, sigma: float
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], Votes]:
-        """Radii passed (r,), draws taken (r,) and votes (r, k) of inputs that share a sigma."""
-        # tested a hair above Phi(r / sigma), so that rounding cannot turn "p > p0" into less than the radius
-        probabilities = tuple(float(p) for p in np.minimum(ndtr(np.array(self.radii) / sigma) * (1.0 + 1e-12), 1.0))
-        reachable = tuple(p for p in probabilities if p < 1.0)
-        votes = np.zeros((len(rows), classes), dtype=np.int64)
-        if not reachable:
-            return np.zeros_like(rows), np.zeros_like(rows), votes
-        table = GatekeptTable(reachable, schedule(n), self.alpha, self.beta)
-        progress, before = table.start(len(rows)), 0
-        for look in table.looks:
-            active = np.flatnonzero(~progress.decided)
-            if not len(active):
-                break
-            votes[active] += sample(rows[active], before, look)
-            progress, before = table.advance(progress, votes[np.arange(len(rows)), guess]), look
-        return progress.passed, np.array([0, *table.looks])[progress.looks], votes
+
+@lru_cache(maxsize=1024)
+def _tables(
+    steps: tuple[float, ...], middle: float, looks: tuple[int, ...], alpha: float, beta: float
+) -> tuple[GatekeptTable, ...]:
+    """Tests of "p_A <= Phi(middle + step)" and, by 1 - p_c, of "p_c >= Phi(middle - step)", for ascending steps."""
+    # at the middle 0 both ask for the same probability, which a rival's 1 - p_c reaches wherever p_A does
+    heights = (middle, -middle) if middle else (0.0,)
+    # tested a hair above, so that rounding cannot turn "p > p0" into less than the radius
+    rows = [np.minimum(ndtr(np.array(steps) + height) * (1.0 + 1e-12), 1.0) for height in heights]
+    reachable = min(int((row < 1.0).sum()) for row in rows)
+    return tuple(GatekeptTable(tuple(row[:reachable]), looks, alpha, beta) for row in rows) if reachable else ()
+
+
+def _advance(
+    tables: tuple[GatekeptTable, ...], states: list[Progress], counts: NDArray[np.int64]
+) -> list[Progress]:
+    """Take the next look at b inputs in each of their tests; a radius needs all of them. Counts of shape (2, b)."""
+    states = [table.advance(state, count) for table, state, count in zip(tables, states, counts, strict=False)]
+    passed = np.min([state.passed for state in states], axis=0)
+    # the first radius that is not established is given up as soon as one of its tests is
+    given_up = np.any([state.decided & (state.passed == passed) for state in states], axis=0)
+    return [replace(state, decided=state.decided | given_up) for state in states]
 
 
 @dataclass(frozen=True, slots=True)
