@@ -22,18 +22,18 @@ Device = Annotated[str, typer.Option(help="gpu (falls back to the CPU without CU
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def run_demo(
     output: Annotated[Path, typer.Option(help="Folder of weights, records, manifests and the report.")] = Path(
         "runs/demo"
     ),
     quiet: Quiet = False,
 ) -> None:
     """Train on digits, certify at sigma .25 and .5, attack the certificates, and write a report."""
-    from art_rs_plugins.benchmark import runs
+    from art_rs_plugins.benchmark import demo
     from art_rs_plugins.benchmark.report import demo_table, write_report
 
-    results = runs.demo(output, verbose=not quiet)
+    results = demo.demo(output, verbose=not quiet)
     records = [result.record for result in results]
     joint = [result.audits["all"] for result in results]
     write_report(records, "html", output / "report.html", audits=joint)
@@ -42,8 +42,8 @@ def demo(
     _finish(joint)
 
 
-@app.command()
-def train(
+@app.command("train")
+def run_train(
     output: Annotated[Path, typer.Option(help="Weights file, safetensors.")],
     data: Data = "digits",
     model: Model = "cnn",
@@ -53,13 +53,39 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Peak of AdamW's cosine schedule.")] = 2e-3,
     seed: Seed = 0,
     device: Device = "gpu",
+    method: Annotated[str, typer.Option(help="Loss: gaussian, adre, consistency or macer.")] = "gaussian",
+    weight: Annotated[float | None, typer.Option(help="Of the regulariser; the authors' by default.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Noisy copies of an input; the authors' by default.")] = None,
+    eps: Annotated[float, typer.Option(help="l2 norm of adversarial training (SmoothAdv); 0 for none.")] = 0.0,
+    steps: Annotated[int, typer.Option(help="Steps of the adversary.")] = 2,
+    warmup: Annotated[int, typer.Option(help="Epochs over which eps is reached.")] = 0,
+    weights: Annotated[str | None, typer.Option(help="Weights to start from.")] = None,
+    examples: Annotated[str, typer.Option(help="start:stop:step of the training split.")] = "::1",
     quiet: Quiet = False,
 ) -> None:
-    """Train a network under Gaussian noise."""
-    from art_rs_plugins.benchmark import runs
+    """Train a network under noise."""
+    from art_rs_plugins.benchmark.config import TrainConfig
+    from art_rs_plugins.benchmark.training import train
 
-    config = runs.TrainConfig(data, model, sigma, epochs, batch_size, learning_rate, seed, device)
-    last = runs.train(config, output, verbose=not quiet)[-1]
+    config = TrainConfig(
+        data=data,
+        model=model,
+        sigma=sigma,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        device=device,
+        method=method,
+        weight=weight,
+        draws=draws,
+        eps=eps,
+        steps=steps,
+        warmup=warmup,
+        weights=weights,
+        examples=examples,
+    )
+    last = train(config, output, verbose=not quiet)[-1]
     typer.echo(f"{output}: loss {last.loss:.4f}, training accuracy under noise {last.noisy_accuracy:.4f}")
 
 
@@ -83,13 +109,17 @@ def certify(
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory layout of images.")] = False,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
     block: Annotated[int | None, typer.Option(help="Rows of one forward pass; measured by default.")] = None,
+    rule: Annotated[str | None, typer.Option(help="one-sided or two-sided; the method's own by default.")] = None,
+    method: Annotated[str, typer.Option(help="Estimator: smoothing, adre.")] = "smoothing",
+    option: Annotated[list[str] | None, typer.Option(help="Of the estimator, name=value; repeat.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Certify test examples of a data set, and record them."""
     from art_rs_plugins.benchmark import runs
+    from art_rs_plugins.benchmark.config import RunConfig, parse_options
     from art_rs_plugins.benchmark.report import render
 
-    config = runs.RunConfig(
+    config = RunConfig(
         data=data,
         model=model,
         weights=weights,
@@ -107,6 +137,9 @@ def certify(
         channels_last=channels_last,
         compile=compile,
         block=block,
+        rule=rule,
+        method=method,
+        options=parse_options(option or []),
     )
     typer.echo(render([runs.certify(config, output, verbose=not quiet)], "md"))
 
@@ -130,6 +163,32 @@ def attack(
     for title, found in audits.items():
         typer.echo(f"\n{title}\n{audit_text(found)}")
     _finish([audits["all"]])
+
+
+@app.command("benchmark")
+def run_benchmark(
+    suite: Annotated[str, typer.Argument(help="A TOML file, or a suite that comes with the package; see --list.")] = "",
+    output: Annotated[Path, typer.Option(help="Folder of weights, records and the report.")] = Path("runs/benchmark"),
+    list_suites: Annotated[bool, typer.Option("--list", help="Name the suites that come with the package.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Show the suite and stop.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train, certify and compare the cells of a suite; a run that was stopped goes on, cell by cell."""
+    from art_rs_plugins.benchmark import suite as suites
+
+    if list_suites or not suite:
+        typer.echo("\n".join(suites.names()))
+        return
+    if print_config:
+        typer.echo(suites.text(suite))
+        return
+    done = suites.run(suites.read(suite), output, verbose=not quiet)
+    typer.echo(done.table)
+    typer.echo(f"\nRecords, leaderboard and report.html are in {output}")
+    for name, reason in done.failed.items():
+        typer.secho(f"FAILED {name}: {reason}", fg="red", err=True)
+    if done.failed:
+        raise typer.Exit(3)
 
 
 @app.command()

@@ -13,8 +13,10 @@ from support import TEST, TRAIN, X, Y
 
 from art_rs_plugins.benchmark import runs
 from art_rs_plugins.benchmark.attacks import run_attack
+from art_rs_plugins.benchmark.config import RunConfig, TrainConfig
 from art_rs_plugins.benchmark.data import load
 from art_rs_plugins.benchmark.records import read_record, to_certificates
+from art_rs_plugins.benchmark.training import train
 from art_rs_plugins.cli import main
 from art_rs_plugins.smoothing.performance import Performance
 
@@ -31,14 +33,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    runs.train(runs.TrainConfig(epochs=15), path)
+    train(TrainConfig(epochs=15), path)
     return path
 
 
 @pytest.fixture
 def certified(weights: Path, tmp_path: Path) -> Path:
     path = tmp_path / "record.tsv"
-    runs.certify(runs.RunConfig(weights=str(weights), n=1_000, examples=":24"), path)
+    runs.certify(RunConfig(weights=str(weights), n=1_000, examples=":24"), path)
     return path
 
 
@@ -85,7 +87,7 @@ def test_resume_gives_the_rows_of_an_undisturbed_run(weights, certified, tmp_pat
     torn = tmp_path / "torn.tsv"
     torn.with_name("torn.manifest.json").write_bytes(certified.with_name("record.manifest.json").read_bytes())
     torn.write_bytes(b"".join(whole[:9]) + whole[9][: len(whole[9]) // 2])
-    runs.certify(runs.RunConfig(weights=str(weights), n=1_000, examples=":24"), torn)
+    runs.certify(RunConfig(weights=str(weights), n=1_000, examples=":24"), torn)
     again, first = read_record(torn), read_record(certified)
     assert np.array_equal(again.idx, first.idx)
     assert np.array_equal(again.radius, first.radius)
@@ -93,7 +95,7 @@ def test_resume_gives_the_rows_of_an_undisturbed_run(weights, certified, tmp_pat
 
 
 def test_a_slice_has_the_same_rows_as_the_whole(weights, certified, tmp_path):
-    runs.certify(runs.RunConfig(weights=str(weights), n=1_000, examples="3:24:7"), tmp_path / "slice.tsv")
+    runs.certify(RunConfig(weights=str(weights), n=1_000, examples="3:24:7"), tmp_path / "slice.tsv")
     part, whole = read_record(tmp_path / "slice.tsv"), read_record(certified)
     assert part.idx.tolist() == [3, 10, 17]
     assert np.array_equal(part.radius, whole.radius[part.idx])
@@ -180,7 +182,7 @@ def test_other_weights_than_the_records_are_refused(monkeypatch, capsys, tmp_pat
     manifest = certified.with_name("record.manifest.json")
     known = json.loads(manifest.read_text())
     other = tmp_path / "other.safetensors"
-    runs.train(runs.TrainConfig(epochs=1, seed=5), other)
+    train(TrainConfig(epochs=1, seed=5), other)
     known["config"]["weights"] = str(other)
     manifest.write_text(json.dumps(known))
     code, _, err = run(monkeypatch, capsys, "attack", str(certified), "--quiet")
@@ -194,10 +196,10 @@ def digits_file(path: Path, *, x=X, y=Y, rows: int = 40) -> str:
 
 
 @pytest.fixture
-def from_file(weights: Path, tmp_path: Path) -> tuple[runs.RunConfig, Path]:
+def from_file(weights: Path, tmp_path: Path) -> tuple[RunConfig, Path]:
     """A finished record of a data file, and the configuration behind it."""
     data = digits_file(tmp_path / "data.npz")
-    config = runs.RunConfig(data=data, weights=str(weights), n=200, examples=":24")
+    config = RunConfig(data=data, weights=str(weights), n=200, examples=":24")
     runs.certify(config, tmp_path / "record.tsv")
     return config, tmp_path / "record.tsv"
 
@@ -268,7 +270,7 @@ def test_a_changed_factory_is_noticed_though_its_weights_are_the_same(
     (tmp_path / "own_factory.py").write_text(FACTORY)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own_factory", raising=False)
-    config = runs.RunConfig(model="own_factory:make", n=100, examples=":4", seed=3)
+    config = RunConfig(model="own_factory:make", n=100, examples=":4", seed=3)
     record = tmp_path / "record.tsv"
     runs.certify(config, record)
     assert json.loads(record.with_name("record.manifest.json").read_text())["training"] is None
@@ -282,7 +284,7 @@ def test_a_changed_factory_is_noticed_though_its_weights_are_the_same(
 
 
 def test_the_demo_does_not_take_the_weights_of_another_training(monkeypatch, capsys, tmp_path):
-    runs.train(runs.TrainConfig(epochs=1), tmp_path / "digits_sigma0.25.safetensors")
+    train(TrainConfig(epochs=1), tmp_path / "digits_sigma0.25.safetensors")
     code, _, err = run(monkeypatch, capsys, "demo", "--output", str(tmp_path), "--quiet")
     assert code == 2
     assert "sigma0.25.safetensors was trained otherwise than the demo trains; choose another output folder" in err
@@ -406,7 +408,7 @@ def test_a_block_of_no_measurement_is_the_default_of_shape_and_device(weights, t
     known["block"] = None
     manifest.write_text(json.dumps(known))
     with pytest.raises(ValueError, match="block is None there and 500 here"):
-        runs.certify(runs.RunConfig(weights=str(weights), n=1_000, examples=":24", device="cpu"), certified)
+        runs.certify(RunConfig(weights=str(weights), n=1_000, examples=":24", device="cpu"), certified)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["companion", "digest", "json_bytes", "load_json", "unwritable", "write_atomic"]
+__all__ = ["check_folder", "companion", "digest", "json_bytes", "load_json", "unwritable", "write_atomic"]
 
 
 def companion(path: str | Path, what: str) -> Path:
@@ -97,3 +97,16 @@ def load_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}; restore or delete it")
     return dict(value)
+
+
+def check_folder(output: Path) -> None:
+    """Make the folder of a file, or raise ``OSError`` that says what stands in the way, before any work is done."""
+    if output.is_dir():
+        raise IsADirectoryError(f"output {output} is a folder; give the name of a file in it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        probe = output.parent / f".{output.name}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"output {output} cannot be written ({error}); choose a folder that can be") from error

@@ -25,6 +25,7 @@ from art_rs_plugins.benchmark.tables import (
     audit_cells,
     case_cells,
     count_cases,
+    leaderboard,
     record_labels,
     sections,
     summarize,
@@ -32,7 +33,7 @@ from art_rs_plugins.benchmark.tables import (
 )
 from art_rs_plugins.theory.audit import Audit
 
-__all__ = ["FORMATS", "audit_text", "demo_table", "render", "write_report"]
+__all__ = ["FORMATS", "audit_text", "demo_table", "render", "write_leaderboard", "write_report"]
 
 FORMATS = ("html", "md", "csv", "latex", "json", "text")
 """What `render` can write; `write_report` adds ``parquet``."""
@@ -232,3 +233,23 @@ def write_report(
         write_atomic(output, render(records, format, audits, notes).encode())
     else:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, parquet, got {format!r}")
+
+
+def write_leaderboard(records: Sequence[Record], stem: Path) -> str:
+    """Write the table that compares records as Markdown, CSV and LaTeX beside one another; returns the Markdown.
+
+    Parameters
+    ----------
+    records : sequence of Record
+        At least one.
+    stem : Path
+        ``runs/leaderboard`` writes ``runs/leaderboard.md``, ``.csv`` and ``.tex``.
+    """
+    rows = leaderboard(records)
+    note = "Accuracy by l2 radius, [95 % band]; what is not certified or exact is no certified accuracy."
+    markdown = f"{_table(rows, 'github')}\n\n{note}\n"
+    write_atomic(stem.with_suffix(".md"), markdown.encode())
+    write_atomic(stem.with_suffix(".csv"), _csv(rows).encode())
+    escaped = [{_escape_latex(name): _escape_latex(value) for name, value in row.items()} for row in rows]
+    write_atomic(stem.with_suffix(".tex"), _table(escaped, "latex_raw").encode())
+    return markdown

@@ -4,229 +4,37 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from tqdm.auto import tqdm
 
 from art_rs_plugins.benchmark.attacks import ATTACKS, run_attack
 from art_rs_plugins.benchmark.audits import AUDITED, save_audit
-from art_rs_plugins.benchmark.data import Dataset, load
-from art_rs_plugins.benchmark.files import digest
-from art_rs_plugins.benchmark.models import (
-    build,
-    load_weights,
-    network_digest,
-    network_outputs,
-    read_training,
-    same_outputs,
-    save_weights,
-)
+from art_rs_plugins.benchmark.config import RunConfig, parse_examples
+from art_rs_plugins.benchmark.data import Dataset
+from art_rs_plugins.benchmark.files import check_folder, digest
+from art_rs_plugins.benchmark.methods import open_estimator
+from art_rs_plugins.benchmark.models import network_digest, network_outputs, read_training, same_outputs
 from art_rs_plugins.benchmark.records import Record, read_manifest, read_record, to_certificates
 from art_rs_plugins.benchmark.writer import RecordWriter
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
-from art_rs_plugins.smoothing.grid import GridGaussian
-from art_rs_plugins.smoothing.noise import Gaussian, check_seed, derive_seed
-from art_rs_plugins.smoothing.performance import Performance, measure_block
-from art_rs_plugins.smoothing.sampling import check_count, default_block, evaluating
+from art_rs_plugins.smoothing.noise import derive_seed
+from art_rs_plugins.smoothing.performance import measure_block
+from art_rs_plugins.smoothing.sampling import default_block, evaluating
 from art_rs_plugins.theory.audit import AttackOutcomes, Audit, audit
-from art_rs_plugins.theory.bounds import check_alpha
-from art_rs_plugins.theory.radii import check_sigma
-from art_rs_plugins.theory.rules import Planned, Sequential
+from art_rs_plugins.theory.certificates import Certificates
 
-if TYPE_CHECKING:
-    from art_rs_plugins.smoothing.training import Epoch
-
-__all__ = ["Demo", "RunConfig", "TrainConfig", "attack", "certify", "demo", "open_estimator", "train"]
+__all__ = ["attack", "certify", "certify_rules"]
 
 GROUP = 16
 """Inputs between two writes of a record: what a crash can cost."""
-
-
-NOISES: dict[str, type[Gaussian] | type[GridGaussian]] = {"gaussian": Gaussian, "grid": GridGaussian}
-
-
-@dataclass(frozen=True, slots=True)
-class TrainConfig:
-    """One training run; see `train`."""
-
-    data: str = "digits"
-    model: str = "cnn"
-    sigma: float = 0.25
-    epochs: int = 40
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    seed: int = 0
-    device: str = "gpu"
-
-    def __post_init__(self) -> None:
-        check_sigma(self.sigma), check_seed(self.seed), check_device(self.device)
-        check_count(self.epochs, "epochs"), check_count(self.batch_size, "batch_size")
-        if not 0.0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be finite and > 0, got {self.learning_rate}")
-
-
-@dataclass(frozen=True, slots=True)
-class RunConfig:
-    """One certification run; see `certify`. Every field changes the result, and all are in the manifest."""
-
-    data: str = "digits"
-    model: str = "cnn"
-    weights: str | None = None
-    sigma: float = 0.25
-    n: int = 10_000
-    n0: int = 100
-    alpha: float = 0.001
-    examples: str = "::1"
-    seed: int = 0
-    device: str = "gpu"
-    radii: tuple[float, ...] | None = None
-    tolerance: float | None = None
-    noise: Literal["gaussian", "grid"] = "gaussian"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    channels_last: bool = False
-    compile: bool = False
-    block: int | None = None
-
-    def __post_init__(self) -> None:
-        check_sigma(self.sigma), check_alpha(self.alpha), check_seed(self.seed), check_device(self.device)
-        check_count(self.n, "n"), check_count(self.n0, "n0")
-        parse_examples(self.examples, 1)
-        if self.radii is not None:
-            object.__setattr__(self, "radii", Sequential(tuple(self.radii)).radii)
-        if self.tolerance is not None:
-            Planned(self.tolerance)
-        if self.radii is not None and self.tolerance is not None:
-            raise ValueError("radii and tolerance each say how to decide; give one of them")
-        if self.noise not in NOISES:
-            raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {self.noise!r}")
-        self.performance(None)
-
-    def performance(self, block: int | None) -> Performance:
-        """How the network votes, with `block` rows where none were asked for."""
-        return Performance(self.dtype, self.channels_last, self.compile, block if self.block is None else self.block)
-
-
-def check_device(device: str) -> str:
-    """Return ART's name of a device, or say which there are."""
-    if device not in ("gpu", "cpu"):
-        raise ValueError(f"device must be 'gpu' (falls back to the CPU without CUDA) or 'cpu', got {device!r}")
-    return device
-
-
-def parse_examples(examples: str, total: int) -> NDArray[np.int64]:
-    """Indices of ``start:stop:step`` among `total` examples, such as ``"::20"``."""
-    parts = examples.split(":")
-    try:
-        bounds = [int(part) if part else None for part in parts]
-        if len(bounds) not in (2, 3):
-            raise ValueError
-        return np.arange(total)[slice(*bounds)]
-    except ValueError:
-        raise ValueError(f"examples must be start:stop:step, such as '::20' or ':500', got {examples!r}") from None
-
-
-def train(config: TrainConfig, output: Path, *, verbose: bool = False) -> list[Epoch]:
-    """Train a network under Gaussian noise and write its weights.
-
-    Parameters
-    ----------
-    config : TrainConfig
-        Data set, architecture, noise and optimisation.
-    output : Path
-        Weights, as safetensors with the configuration in the header; replaced whole or not at all.
-    verbose : bool
-        Show a progress bar.
-
-    Returns
-    -------
-    list of Epoch
-
-    Raises
-    ------
-    ValueError, TypeError, OSError
-        For a configuration that does not fit, or a folder that cannot be written.
-    """
-    check_folder(output)
-    data = load(config.data)
-    network = build(config.model, data.x_train.shape[1:], data.num_classes, seed=config.seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
-    estimator = _smooth(network, data, config.sigma, config.device, config.seed, optimizer=optimizer)
-    estimator.fit(
-        data.x_train,
-        data.y_train,
-        batch_size=config.batch_size,
-        nb_epochs=config.epochs,
-        scheduler=schedule,
-        verbose=verbose,
-    )
-    save_weights(network, output, _header(config))
-    return list(estimator.history_)
-
-
-def _header(config: TrainConfig) -> dict[str, str]:
-    """What the header of a weights file says of the training."""
-    return {name: str(value) for name, value in asdict(config).items()}
-
-
-def check_folder(output: Path) -> None:
-    """Make the folder of a file, or raise ``OSError`` that says what stands in the way, before any work is done."""
-    if output.is_dir():
-        raise IsADirectoryError(f"output {output} is a folder; give the name of a file in it")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        probe = output.parent / f".{output.name}.probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"output {output} cannot be written ({error}); choose a folder that can be") from error
-
-
-def _smooth(
-    network: nn.Module, data: Dataset, sigma: float, device: str, seed: int, **settings: Any
-) -> PyTorchSmoothedClassifier:
-    return PyTorchSmoothedClassifier(
-        network,
-        nn.CrossEntropyLoss(),
-        input_shape=data.x_test.shape[1:],
-        nb_classes=data.num_classes,
-        clip_values=data.clip_values,
-        device_type=device,
-        scale=sigma,
-        seed=seed,
-        **settings,
-    )
-
-
-def open_estimator(config: RunConfig, block: int | None = None) -> tuple[Dataset, PyTorchSmoothedClassifier]:
-    """Data set and smoothed classifier of a configuration; `block` rows in a forward pass where it names none.
-
-    Raises
-    ------
-    ValueError, OSError
-        For an unknown data set or architecture, or weights that are missing, truncated or of another network.
-    """
-    data = load(config.data)
-    network = build(config.model, data.x_test.shape[1:], data.num_classes, seed=config.seed)
-    if config.weights is not None:
-        load_weights(network, Path(config.weights))
-    elif ":" not in config.model:
-        raise ValueError(f"weights are needed for model {config.model!r}; train it first, or give a factory's path")
-    settings = {
-        "sample_size": config.n0,
-        "alpha": config.alpha,
-        "noise": NOISES[config.noise],
-        "performance": config.performance(block),
-    }
-    return data, _smooth(network, data, config.sigma, config.device, config.seed, **settings)
 
 
 def certify(config: RunConfig, output: Path, *, verbose: bool = False) -> Record:
@@ -253,12 +61,36 @@ def certify(config: RunConfig, output: Path, *, verbose: bool = False) -> Record
 
     Notes
     -----
-    *Guarantee.* Each row is a certificate of `PyTorchSmoothedClassifier.certificates`. A row that was lost is drawn
-    again with the same noise: it is the same experiment, not a second try at alpha.
+    *Guarantee.* Each row is a certificate of the method's `certificates`. A row that was lost is drawn again with the
+    same noise: it is the same experiment, not a second try at alpha.
     """
-    check_folder(output)
-    known = read_manifest(output)
-    training = None if config.weights is None else read_training(config.weights)
+    return certify_rules([config], [output], verbose=verbose)[0]
+
+
+def certify_rules(configs: Sequence[RunConfig], outputs: Sequence[Path], *, verbose: bool = False) -> list[Record]:
+    """Certify under several rules that share their draws, each with a record of its own; see `certify`.
+
+    Parameters
+    ----------
+    configs : sequence of RunConfig
+        The same but for ``rule``, which each of several must name.
+    outputs : sequence of Path
+        One record for each.
+    verbose : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    list of Record
+    """
+    config = configs[0]
+    if len({output.resolve() for output in outputs}) != len(configs):
+        raise ValueError(f"outputs must be {len(configs)} different files, one for each rule, got {len(outputs)}")
+    if any(replace(other, rule=config.rule) != config for other in configs):
+        raise ValueError("configs may differ in their rule alone: rules that share draws share all else")
+    for output in outputs:
+        check_folder(output)
+    known = read_manifest(outputs[0])
     data, estimator = open_estimator(config, None if known is None else known.get("block"))
     indices = parse_examples(config.examples, len(data.x_test))
     if not len(indices):
@@ -267,38 +99,74 @@ def certify(config: RunConfig, output: Path, *, verbose: bool = False) -> Record
         with evaluating(estimator.model):
             block = measure_block(estimator.model.f, estimator.input_shape, estimator.device)
         estimator.set_params(performance=config.performance(block))
-    outputs = network_outputs(estimator.model.base, estimator.input_shape)
-    facts = _facts(config, data, indices, estimator)
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    notes = {"network_outputs": outputs, "training": training, "command": command}
-    with RecordWriter(output, asdict(config), facts=facts, notes=notes) as writer:
-        if known is not None and not same_outputs(known.get("network_outputs", []), outputs):
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(_writer(each, output, data, indices, estimator))
+            for each, output in zip(configs, outputs, strict=True)
+        ]
+        _record(configs, writers, data, indices, estimator, verbose)
+    return [read_record(output) for output in outputs]
+
+
+def _writer(
+    config: RunConfig, output: Path, data: Dataset, indices: NDArray[np.int64], estimator: PyTorchSmoothedClassifier
+) -> RecordWriter:
+    """Writer of one record; ``ValueError`` if it was begun with a network that answers otherwise."""
+    known, outputs = read_manifest(output), network_outputs(estimator.model.base, estimator.input_shape)
+    notes = {
+        "network_outputs": outputs,
+        "training": None if config.weights is None else read_training(config.weights),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    writer = RecordWriter(output, asdict(config), facts=_facts(config, data, indices, estimator), notes=notes)
+    if known is not None:
+        writer.check(known)
+        if not same_outputs(known.get("network_outputs", []), outputs):
             raise ValueError(
                 f"{output} belongs to a network of the same weights that answers otherwise; restore its code, choose "
                 "another output path, or delete the record and its manifest"
             )
-        left = np.array([index for index in indices if int(index) not in writer.done], dtype=np.int64)
-        votes = abstained = 0
-        start = time.perf_counter()
-        with tqdm(total=len(indices), initial=len(indices) - len(left), desc="certify", disable=not verbose) as bar:
-            for first in range(0, len(left), GROUP):
-                rows = left[first : first + GROUP]
-                begun = time.perf_counter()
-                found = estimator.certificates(
-                    data.x_test[rows],
-                    n=config.n,
-                    radii=config.radii,
-                    tolerance=config.tolerance,
-                    n0=config.n0,
-                    indices=rows,
-                    seed=config.seed,
-                )
-                writer.append(found, data.y_test[rows], (time.perf_counter() - begun) / len(rows))
-                votes += int((found.n + found.n0).sum())
-                abstained += int(found.abstained.sum())
-                bar.update(len(rows))
-                bar.set_postfix_str(f"{votes / (time.perf_counter() - start):,.0f} votes/s, {abstained} abstained")
-    return read_record(output)
+    return writer
+
+
+def _record(
+    configs: Sequence[RunConfig],
+    writers: Sequence[RecordWriter],
+    data: Dataset,
+    indices: NDArray[np.int64],
+    estimator: PyTorchSmoothedClassifier,
+    verbose: bool,
+) -> None:
+    """Certify what is not yet in every record, a few inputs at a time."""
+    finished = set.intersection(*(writer.done for writer in writers))
+    left = np.array([index for index in indices if int(index) not in finished], dtype=np.int64)
+    votes = abstained = 0
+    start = time.perf_counter()
+    with tqdm(total=len(indices), initial=len(indices) - len(left), desc="certify", disable=not verbose) as bar:
+        for first in range(0, len(left), GROUP):
+            rows, begun = left[first : first + GROUP], time.perf_counter()
+            found = _certificates(configs, estimator, data.x_test[rows], rows)
+            seconds = (time.perf_counter() - begun) / len(rows)
+            for writer, certificates in zip(writers, found, strict=True):
+                new = np.array([int(index) not in writer.done for index in rows])
+                writer.append(certificates[new], data.y_test[rows[new]], seconds)
+            votes += int(np.max([certificates.n + certificates.n0 for certificates in found], axis=0).sum())
+            abstained += int(found[0].abstained.sum())
+            bar.update(len(rows))
+            bar.set_postfix_str(f"{votes / (time.perf_counter() - start):,.0f} votes/s, {abstained} abstained")
+
+
+def _certificates(
+    configs: Sequence[RunConfig], estimator: PyTorchSmoothedClassifier, x: NDArray[np.float32], rows: NDArray[np.int64]
+) -> list[Certificates]:
+    config, rules = configs[0], [config.decide() for config in configs]
+    settings: dict[str, Any] = {"n": config.n, "n0": config.n0, "indices": rows, "seed": config.seed}
+    named = [rule for rule in rules if rule is not None]
+    if len(named) == len(rules):
+        return estimator.compare(x, named, **settings)
+    if len(rules) > 1:
+        raise ValueError("rule must be named in each of several configs")
+    return [estimator.certificates(x, radii=config.radii, tolerance=config.tolerance, **settings)]
 
 
 def _facts(
@@ -424,50 +292,3 @@ def attack(
     audits["all"] = audit(certificates, outcomes, labels)
     save_audit(audits["all"], known)
     return audits
-
-
-@dataclass(frozen=True, slots=True)
-class Demo:
-    """What `demo` did at one sigma: its record, and its audits by attack."""
-
-    sigma: float
-    record: Record
-    audits: dict[str, Audit]
-
-
-def demo(folder: Path, *, sigmas: Sequence[float] = (0.25, 0.5), verbose: bool = False) -> list[Demo]:
-    """Train, certify and attack a small network on scikit-learn's digits, at each sigma.
-
-    Parameters
-    ----------
-    folder : Path
-        Weights, records, manifests and audits go here; a run that was stopped goes on.
-    sigmas : sequence of float
-        Noise levels.
-    verbose : bool
-        Show progress bars.
-    """
-    results = []
-    with _one_thread():
-        for sigma in sigmas:
-            weights, record = folder / f"digits_sigma{sigma:g}.safetensors", folder / f"digits_sigma{sigma:g}.tsv"
-            config = TrainConfig(sigma=sigma)
-            if not weights.exists():
-                train(config, weights, verbose=verbose)
-            elif read_training(weights) != _header(config):
-                raise ValueError(f"{weights} was trained otherwise than the demo trains; choose another output folder")
-            certify(RunConfig(weights=str(weights), sigma=sigma), record, verbose=verbose)
-            audits = attack(record, ("pgd", "smoothed-pgd"), (0.25, 0.5, 0.75, 1.0), verbose=verbose)
-            results.append(Demo(sigma, read_record(record), audits))
-    return results
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for networks so small that several would wait for one another longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -23,6 +23,7 @@ __all__ = [
     "cell",
     "count_cases",
     "kind_of",
+    "leaderboard",
     "record_labels",
     "sections",
     "summarize",
@@ -32,7 +33,7 @@ __all__ = [
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Radii of the tables, in the units of the input."""
 
-TEXT = ("record", "attack")
+TEXT = ("record", "attack", "kind")
 """Columns of words; all others are numbers, and stand to the right."""
 
 NOT_CERTIFIED = {
@@ -175,6 +176,44 @@ def sections(labels: Sequence[str], summaries: Sequence[Summary]) -> dict[str, l
         if chosen:
             tables[heading] = _rows([label for label, _ in chosen], [summary for _, summary in chosen])
     return tables
+
+
+def leaderboard(records: Sequence[Record]) -> list[dict[str, str]]:
+    """Rows of the table that compares records: accuracy with its 95 % band at the radii that were asked for.
+
+    ``passes`` is the mean number of noisy passes of an input, selection draws included; rules that share their draws
+    are charged for their own. The average certified radius is left out where radii were named beforehand, as the
+    certificates are rounded down to those.
+    """
+    named = {tuple(radii) for record in records if (radii := _setting(record, "radii")) is not None}
+    radii = sorted(set().union(*named)) if named else list(RADII)
+    rows = []
+    for label, record in zip(record_labels(records), records, strict=True):
+        summary, curve = summarize(record), accuracy_of(record, radii)
+        spent = record.columns["n"] + record.columns["n0"] if {"n", "n0"} <= set(record.columns) else None
+        rows.append(
+            {
+                "record": label,
+                "kind": summary.kind or "",
+                "inputs": f"{summary.rows}",
+                "n": cell(_limit(record), "d"),
+                "passes": "" if spent is None else f"{spent.mean():,.0f}",
+                "abstain": f"{summary.abstain_rate:.3f}",
+                **({} if named else {"ACR": f"{summary.acr:.3f}"}),
+                **{
+                    f"r={radius:g}": f"{value:.3f} [{low:.3f}, {high:.3f}]"
+                    for radius, value, low, high in zip(radii, curve.accuracy, curve.lower, curve.upper, strict=True)
+                },
+            }
+        )
+    order = ["certified", "exact", "committed", "conditional", ""]
+    return sorted(rows, key=lambda row: order.index(row["kind"]))
+
+
+def _limit(record: Record) -> int | None:
+    """Estimation draws that an input may take."""
+    limit: int | None = (record.manifest or {}).get("config", {}).get("n", _setting(record, "n"))
+    return limit
 
 
 def audit_table(audit: Audit) -> list[dict[str, float]]:

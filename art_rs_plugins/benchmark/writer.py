@@ -92,7 +92,7 @@ class RecordWriter:
     def __enter__(self) -> Self:
         known = read_manifest(self.path)
         if known is not None:
-            self._check_same(known)
+            self.check(known)
             self._compare_versions(known)
         elif self.path.exists():
             raise ValueError(
@@ -124,7 +124,8 @@ class RecordWriter:
         created = datetime.now(UTC).isoformat(timespec="seconds")
         return {"created": created, "versions": _versions(), **self._facts, **self._notes, "config": self._config}
 
-    def _check_same(self, known: Mapping[str, Any]) -> None:
+    def check(self, known: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` if the manifest of another run has other settings, and say which."""
         differences = _differences("", known, self._facts, self._facts)
         theirs = known.get("config", {})
         differences += _differences("config.", theirs, self._config, {*theirs, *self._config})

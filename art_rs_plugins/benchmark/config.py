@@ -1,0 +1,150 @@
+"""Configurations of training and of certification: frozen, checked, and written into every manifest."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from art_rs_plugins.smoothing.grid import GridGaussian
+from art_rs_plugins.smoothing.noise import Gaussian, check_seed
+from art_rs_plugins.smoothing.performance import Performance
+from art_rs_plugins.smoothing.sampling import check_count
+from art_rs_plugins.theory.bounds import check_alpha
+from art_rs_plugins.theory.radii import check_sigma
+from art_rs_plugins.theory.rules import OneSided, Planned, Rule, Sequential
+from art_rs_plugins.theory.two_sided import SequentialTwoSided, TwoSided
+
+__all__ = ["NOISES", "RULES", "RunConfig", "TrainConfig", "check_device", "parse_examples", "parse_options"]
+
+NOISES: dict[str, type[Gaussian] | type[GridGaussian]] = {"gaussian": Gaussian, "grid": GridGaussian}
+"""Noise families by name."""
+
+RULES: dict[str, tuple[type[OneSided] | type[TwoSided], type[Sequential]]] = {
+    "one-sided": (OneSided, Sequential),
+    "two-sided": (TwoSided, SequentialTwoSided),
+}
+"""Rules by name: for the whole radius, and for named radii."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """One training run; see `train`. Where a number is None, the method's own default holds."""
+
+    data: str = "digits"
+    model: str = "cnn"
+    sigma: float = 0.25
+    epochs: int = 40
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    seed: int = 0
+    device: str = "gpu"
+    method: str = "gaussian"
+    weight: float | None = None
+    draws: int | None = None
+    eps: float = 0.0
+    steps: int = 2
+    warmup: int = 0
+    weights: str | None = None
+    examples: str = "::1"
+
+    def __post_init__(self) -> None:
+        check_sigma(self.sigma), check_seed(self.seed), check_device(self.device)
+        for name in ("epochs", "batch_size", "steps"):
+            check_count(getattr(self, name), name)
+        check_count(self.warmup, "warmup", least=0)
+        parse_examples(self.examples, 1)
+        if not 0.0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be finite and > 0, got {self.learning_rate}")
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """One certification run; see `certify`. Every field changes the result, and all are in the manifest."""
+
+    data: str = "digits"
+    model: str = "cnn"
+    weights: str | None = None
+    sigma: float = 0.25
+    n: int = 10_000
+    n0: int = 100
+    alpha: float = 0.001
+    examples: str = "::1"
+    seed: int = 0
+    device: str = "gpu"
+    radii: tuple[float, ...] | None = None
+    tolerance: float | None = None
+    noise: Literal["gaussian", "grid"] = "gaussian"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    block: int | None = None
+    rule: str | None = None
+    method: str = "smoothing"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_sigma(self.sigma), check_alpha(self.alpha), check_seed(self.seed), check_device(self.device)
+        check_count(self.n, "n"), check_count(self.n0, "n0")
+        parse_examples(self.examples, 1)
+        if self.radii is not None:
+            object.__setattr__(self, "radii", Sequential(tuple(self.radii)).radii)
+        if self.tolerance is not None:
+            Planned(self.tolerance)
+        if self.radii is not None and self.tolerance is not None:
+            raise ValueError("radii and tolerance each say how to decide; give one of them")
+        if self.noise not in NOISES:
+            raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {self.noise!r}")
+        if self.rule is not None and self.rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        if self.rule is not None and self.tolerance is not None:
+            raise ValueError("rule and tolerance each say how to decide; give one of them")
+        self.performance(None)
+
+    def performance(self, block: int | None) -> Performance:
+        """How the network votes, with `block` rows where none were asked for."""
+        return Performance(self.dtype, self.channels_last, self.compile, block if self.block is None else self.block)
+
+    def decide(self) -> Rule | None:
+        """The rule that was named; None where the method has one of its own, or a tolerance says it."""
+        if self.rule is None:
+            return None
+        whole, named = RULES[self.rule]
+        return whole(self.alpha) if self.radii is None else named(self.radii, self.alpha)
+
+
+def check_device(device: str) -> str:
+    """Return ART's name of a device, or say which there are."""
+    if device not in ("gpu", "cpu"):
+        raise ValueError(f"device must be 'gpu' (falls back to the CPU without CUDA) or 'cpu', got {device!r}")
+    return device
+
+
+def parse_examples(examples: str, total: int) -> NDArray[np.int64]:
+    """Indices of ``start:stop:step`` among `total` examples, such as ``"::20"``."""
+    parts = examples.split(":")
+    try:
+        bounds = [int(part) if part else None for part in parts]
+        if len(bounds) not in (2, 3):
+            raise ValueError
+        return np.arange(total)[slice(*bounds)]
+    except ValueError:
+        raise ValueError(f"examples must be start:stop:step, such as '::20' or ':500', got {examples!r}") from None
+
+
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """Options out of ``name=value``, where a value is a TOML value, or else text."""
+    options: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"option must be name=value, such as weight=0.1, got {word!r}")
+        try:
+            options[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            options[name] = value
+    return options
