@@ -139,3 +139,30 @@ def test_labels_outside_the_classes_and_one_draw() -> None:
         adre(digits_network()).fit(X[:8], np.full(8, 10))
     with pytest.warns(UserWarning, match="draws=1"):
         adre(digits_network(), draws=1).fit(X[:8], Y[:8], nb_epochs=1)
+
+
+def test_the_adversary_is_held_to_the_range_of_the_inputs() -> None:
+    seen = []
+
+    class Watch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.detach())
+            return self.linear(x.flatten(1))
+
+    network = Watch()
+    classifier = adre(network, scale=1e-6, clip_values=(0, 1), adversary=SmoothAdv(5.0, steps=1, warmup=0), draws=2)
+    seen.clear()
+    classifier.fit(X[:64], Y[:64], nb_epochs=1)
+    noise = 1e-5
+    assert all(float(x.min()) > -noise and float(x.max()) < 1 + noise for x in seen)
+    assert classifier.adversary.clip_values is None
+
+
+def test_losses_of_logits_refuse_networks_that_end_in_a_softmax() -> None:
+    classifier = adre(nn.Sequential(digits_network(), nn.Softmax(dim=1)))
+    with pytest.raises(ValueError, match="without that layer"):
+        classifier.fit(X[:8], Y[:8], nb_epochs=1)

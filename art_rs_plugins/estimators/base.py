@@ -33,6 +33,7 @@ from art_rs_plugins.estimators.inputs import (
     warn_if_hopeless,
 )
 from art_rs_plugins.estimators.preprocessing import is_augmentation, make_transform
+from art_rs_plugins.smoothing.adversary import SmoothAdv
 from art_rs_plugins.smoothing.certify import Predictions, certify_all, predict
 from art_rs_plugins.smoothing.grid import GridGaussian
 from art_rs_plugins.smoothing.modules import BaseClassifier, SmoothedModule, looks_like_probabilities
@@ -946,7 +947,8 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         Parameters
         ----------
         generator : DataGenerator
-            Of ART; a PyTorchDataGenerator streams its loader.
+            Of ART; a PyTorchDataGenerator streams its loader. It does not say which example is which, so that a method
+            with a sigma for each cannot train on it.
         nb_epochs : int
             Passes over the data.
         verbose : bool
@@ -954,6 +956,9 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         **kwargs
             ``scheduler``, as in `fit`.
         """
+
+        if not isinstance(self._training_noise(), Gaussian):
+            raise ValueError("fit_generator does not say which example is which, as a sigma for each needs; use fit")
 
         def batches(_: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             seen = 0
@@ -984,7 +989,10 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         if self.optimizer is None:
             raise ValueError("optimizer is needed to train, but none was given to the constructor")
         check_count(epochs, "nb_epochs")
-
+        if self.model.probabilities and (self.objective is not None or self.adversary is not None):
+            raise ValueError(
+                "objective and adversary take logits, but the network ends in a softmax; give it without that layer"
+            )
         with tqdm(total=epochs, desc="Epochs", disable=not verbose) as bar:
 
             def report(epoch: Epoch) -> None:
@@ -1003,8 +1011,15 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
                 noise=self._training_noise(),
                 loss=self._mean_loss if self.objective is None else self.objective,
                 draws=self.draws,
-                adversary=self.adversary,
+                adversary=self._bounded_adversary(),
             )
+
+    def _bounded_adversary(self) -> Adversary | None:
+        """The adversary, held to clip_values unless it says otherwise itself."""
+        limits = as_limits(self.clip_values, self.input_shape, self.channels_first)
+        if isinstance(self.adversary, SmoothAdv) and self.adversary.clip_values is None and limits is not None:
+            return replace(self.adversary, clip_values=tuple(limit.to(self.device) for limit in limits))
+        return self.adversary
 
     def _next_seed(self) -> int:
         """Seed of one call of `fit`; ART's trainers call it for every batch, and each must meet noise of its own."""
