@@ -103,7 +103,7 @@ class TwoSided:
             n=np.full(len(votes), n, dtype=np.int64),
         )
 
-    def run(self, selection: Votes, n0: int, sample: Sample, n: int, sigma: NDArray[np.float64]) -> Decision:  # noqa: ARG002
+    def run(self, selection: Votes, n0: int, sample: Sample, n: int, sigma: NDArray[np.float64]) -> Decision:
         """Decide from all n draws; see `Rule`."""
         return self.decide(check_votes(selection, n0, "selection"), sample(np.arange(len(selection)), 0, n), n)
 
@@ -157,10 +157,10 @@ class SequentialTwoSided(Sequential):
     3. Radii count only together with all smaller ones, so that a false certificate needs the first radius with a true
        hypothesis to pass: nothing is split over the radii.
 
-    The middle is a constant given the selection draws, which choose it: the mean of both quantiles in their votes,
-    rounded to a multiple of 0.1 and at most 0, where it is as p_A + p_B <= 1. It decides power and draws alone; with
-    the true mean every r < R is within reach. At 0 the rule is `Sequential`, as it always is with two classes. Some 500
-    selection draws pay where p_A is far from 1.
+    The middle is a constant given the selection draws, which choose it: the mean of both quantiles in their votes, in
+    steps of 0.1. It decides power and draws alone; with the true mean every r < R is within reach. It is never above 0,
+    as p_A + p_B <= 1; at 0 the rule is `Sequential`, as it always is with two classes. Some 500 selection draws pay
+    where p_A is far from 1.
 
     *Source.* Berger (1982), "Multiparameter hypothesis testing and acceptance sampling", for the combination; else as
     `Sequential`.
@@ -181,6 +181,5 @@ class SequentialTwoSided(Sequential):
         """Decide with at most n draws; see `Rule`. ``ValueError`` if n is below the first look."""
         pilot = check_votes(selection, n0, "selection")
         counts = np.stack([pilot.max(axis=1), strongest_rival(pilot, pilot.argmax(axis=1), n0)])
-        quantiles = ndtri((counts + 0.5) / (n0 + 1.0))   # the added halves keep them finite and their sum below 0
-        middle = np.minimum(np.round(5.0 * quantiles.sum(axis=0)) / 10.0, 0.0)
-        return self._establish(pilot, middle, sample, n, sigma)
+        quantiles = ndtri((counts + 0.5) / (n0 + 1.0))   # finite; their sum is <= 0, as the two shares sum to <= 1
+        return self._establish(pilot, np.round(5.0 * quantiles.sum(axis=0)) / 10.0, sample, n, sigma)
