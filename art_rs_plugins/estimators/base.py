@@ -179,7 +179,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         self.objective, self.draws, self.adversary = objective, draws, adversary
         network = self._network(base)
         super().__init__(
-            model=SmoothedModule(network, sigma, samples=bank_samples, seed=seed, block=self._performance.block),
+            model=self._smoothed(network, sigma, samples=bank_samples, seed=seed, block=self._performance.block),
             loss=loss,
             input_shape=tuple(input_shape),
             nb_classes=nb_classes,
@@ -395,6 +395,10 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
     def _network(self, network: nn.Module) -> nn.Module:
         """The network that is smoothed, from the one that was given."""
         return network
+
+    def _smoothed(self, network: nn.Module, sigma: float, **settings: Any) -> SmoothedModule:
+        """The soft version of what is certified: what trains, and what attacks aim at."""
+        return SmoothedModule(network, sigma, **settings)
 
     def _rule(self, radii: tuple[float, ...] | None) -> Rule:
         """How to decide where the caller does not say: for the whole radius, or for named ones."""
@@ -717,7 +721,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
             whatever comes in, never abstaining. An adversarial example of the view is one of the smoothed classifier
             only after fresh votes say so.
         """
-        module = SmoothedModule(
+        module = self._smoothed(
             self.model.base,
             self.scale,
             transform=self.model.f.transform,
