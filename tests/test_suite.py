@@ -182,3 +182,23 @@ def test_options_are_toml_values_or_text() -> None:
     for bad in ("weight", "=3", "a b=1"):
         with pytest.raises(ValueError, match="option must be name=value"):
             parse_options([bad])
+
+
+def test_the_command_line_trains_with_adre_and_certifies_two_sidedly(monkeypatch, capsys, tmp_path: Path) -> None:
+    def call(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["art-rs", *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        return capsys.readouterr().out
+
+    weights, record = str(tmp_path / "w.safetensors"), tmp_path / "r.tsv"
+    settings = ["--method", "adre", "--draws", "2", "--eps", "0.1", "--steps", "1", "--examples", "::4", "--epochs", "2"]
+    assert "training accuracy under noise" in call("train", "--output", weights, *settings, "--quiet")
+    words = ["certify", "--output", str(record), "--weights", weights, "--n", "500", "--examples", ":6", "--quiet"]
+    call(*words, "--rule", "two-sided", "--method", "adre", "--option", "weight=0.2")
+    found = to_certificates(read_record(record))
+    assert np.any(found.p_upper < 1.0 - found.p_lower - 1e-6)   # the rivals' bound is one of its own
+    manifest = json.loads((tmp_path / "r.manifest.json").read_text())
+    assert (manifest["config"]["rule"], manifest["config"]["method"]) == ("two-sided", "adre")
+    assert manifest["training"]["eps"] == "0.1"
