@@ -193,33 +193,34 @@ class Sampler:
         Tensor of int64, shape (r, k)
             On the device of x. The draws that are missing from a row's sum were invalid.
         """
-        slots = max(1, self.block // self.chunk)
+        slots, k = max(1, self.block // self.chunk), self.num_classes
         chunks = np.arange(start // self.chunk, -(-stop // self.chunk))
         jobs = np.stack([np.repeat(np.arange(len(rows)), len(chunks)), np.tile(chunks, len(rows))], axis=1)
-        sigma = self.noise.for_inputs(len(self.x))
-        votes = torch.zeros(len(rows) * self.num_classes, dtype=torch.int64, device=self.x.device)
+        padding = -len(jobs) % slots
+        work = np.concatenate([jobs, np.repeat(jobs[-1:], padding, axis=0)])
+        kept = np.clip(stop - work[:, 1] * self.chunk, 0, self.chunk)
+        kept[len(jobs) :] = 0
+        sigma, inputs = self.noise.for_inputs(len(self.x)), rows[work[:, 0]]
+        votes = torch.zeros(len(rows) * k, dtype=torch.int64, device=self.x.device)
         place = torch.arange(self.chunk, device=self.x.device)
+        # one transfer for all batches: nothing in the loop waits for the device
+        plan = torch.from_numpy(np.stack([inputs, kept, work[:, 0] * k])).to(self.x.device)
         with torch.no_grad():
-            for first in range(0, len(jobs), slots):
-                taken = jobs[first : first + slots]
-                work = np.concatenate([taken, np.repeat(taken[-1:], slots - len(taken), axis=0)])   # padded
-                inputs = rows[work[:, 0]]
+            for first in range(0, len(work), slots):
+                batch = slice(first, first + slots)
                 keys = [
                     Key(self.seed, index, self.stage, chunk)
-                    for index, chunk in zip(self.indices[inputs].tolist(), work[:, 1].tolist(), strict=True)
+                    for index, chunk in zip(self.indices[inputs[batch]].tolist(), work[batch, 1].tolist(), strict=True)
                 ]
-                picked = self.x[inputs]
+                picked, limit, offset = self.x[plan[0, batch]], plan[1, batch], plan[2, batch]
                 if is_channels_last(self.x):
                     picked = picked.contiguous(memory_format=torch.channels_last)
-                noisy = self.noise.draw(picked, sigma[inputs], self.chunk, keys)
+                noisy = self.noise.draw(picked, sigma[inputs[batch]], self.chunk, keys)
                 winner, valid = strict_votes(self.f(noisy))
-                kept = np.clip(stop - work[:, 1] * self.chunk, 0, self.chunk)
-                kept[len(taken) :] = 0
-                limits = torch.from_numpy(np.stack([kept, work[:, 0] * self.num_classes])).to(self.x.device)
-                counted = valid & (place < limits[0, :, None]).flatten()
-                cells = winner + limits[1].repeat_interleave(self.chunk)
+                counted = valid & (place < limit[:, None]).flatten()
+                cells = winner + offset.repeat_interleave(self.chunk, output_size=len(winner))
                 votes.scatter_add_(0, cells, counted.to(torch.int64))
-        return votes.view(len(rows), self.num_classes)
+        return votes.view(len(rows), k)
 
     def votes(self, rows: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
         """Votes as `count` gives them, on the host: what a rule asks for."""
