@@ -93,11 +93,18 @@ def test_what_is_not_finite_is_refused(name: str) -> None:
             dataclasses.replace(certificates([0.5]), **{name: np.array([value])})
 
 
-@pytest.mark.parametrize("name", ["prediction", "count", "runner_up_count", "n", "n0", "index", "seed"])
+@pytest.mark.parametrize("name", ["prediction", "count", "runner_up_count", "n", "n0", "index", "seed", "passes"])
 def test_what_is_not_an_integer_is_refused(name: str) -> None:
     for value in (1.5, np.nan):
         with pytest.raises(TypeError, match=f"{name} must be integers"):
             dataclasses.replace(certificates([0.5]), **{name: np.array([value])})
+
+
+def test_passes_are_those_of_the_draws_unless_said_otherwise() -> None:
+    some = certificates([0.5, 0.5], n=np.array([1000, 960]))
+    assert some.passes.tolist() == [1100, 1060]
+    more = dataclasses.replace(some, passes=np.array([4400, 4800]))
+    assert Certificates.concatenate([some, more])[1:3].passes.tolist() == [1060, 4400]
 
 
 def test_false_rows_are_refused() -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from art_rs_plugins.benchmark.files import companion, digest, write_atomic
 from art_rs_plugins.benchmark.records import read_manifest, read_record, rows_digest, to_certificates, write_parquet
+from art_rs_plugins.benchmark.tables import leaderboard
 from art_rs_plugins.benchmark.writer import RecordWriter
 from art_rs_plugins.theory.certificates import Certificates, Kind
 
@@ -25,6 +26,7 @@ CONFIG = {"data": "digits", "sigma": 0.25, "n": 1000, "budgets": (0.25, 0.5)}
 FACTS = {"device": "cpu", "network_sha256": "ab"}
 HEADER = (
     "idx\tlabel\tpredict\tradius\tcorrect\ttime\tsigma\tp_lower\tp_upper\tcount\trunner_up_count\tn\tn0\talpha\tkind\tseed"
+    "\tpasses"
 )
 COHEN = (
     "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
@@ -90,6 +92,23 @@ def test_the_file_is_cohens_with_our_columns_behind(tmp_path: Path) -> None:
     assert first[3] == repr(float(certificates.radius[0]))
     assert first[6] == "0.30000000000000004"
     assert lines[3].split("\t")[:6] == ["20", "0", "-1", "0.0", "0", "0.5"]
+
+
+def test_records_from_before_passes_were_counted_are_read(tmp_path: Path) -> None:
+    made, labels = some_certificates()
+    write(tmp_path / "run.tsv", replace(made, passes=7 * made.n), labels)
+    record = read_record(tmp_path / "run.tsv")
+    assert leaderboard([record])[0]["passes"] == "7,000"
+    assert np.array_equal(to_certificates(record).passes, 7 * made.n)
+
+    lines = (tmp_path / "run.tsv").read_text().splitlines()
+    (tmp_path / "run.tsv").write_text("".join(line.rpartition("\t")[0] + "\n" for line in lines))
+    old = read_record(tmp_path / "run.tsv")
+    assert "passes" not in old.columns
+    assert leaderboard([old])[0]["passes"] == "1,100"
+    assert np.array_equal(to_certificates(old).passes, made.n + made.n0)
+    with pytest.raises(ValueError, match="has other columns than this version writes"):
+        write(tmp_path / "run.tsv", made, labels)
 
 
 def test_cohens_logs_are_read_with_both_clocks(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from torch import nn
 
 from art_rs_plugins import PyTorchPatchVote, PyTorchSmoothedClassifier, PyTorchSmoothReduce, SmoothedModule, audit
 from art_rs_plugins.benchmark.attacks import ATTACKS, run_attack
-from art_rs_plugins.smoothing.modules import PatchReduce
+from art_rs_plugins.smoothing.modules import Normalize, PatchReduce
+from art_rs_plugins.smoothing.performance import Performance
 from art_rs_plugins.smoothing.video import Max, Mean, Vote
 from art_rs_plugins.theory.patches import PatchCertificates, PatchGeometry, Placement, Resize
 
@@ -219,13 +220,37 @@ def test_vote_of_patches_errs_no_more_than_alpha() -> None:
         ({"geometry": None}, TypeError, "geometry must be a PatchGeometry"),
         ({"placement": Placement.COMMON_PATCH}, ValueError, "no radius is certified"),
         ({"consensus": 9}, ValueError, "consensus must be at most"),
-        ({"placement": Placement.PER_PATCH, "preprocessing": (0.5, 0.2)}, ValueError, "preprocessing needs the noisy"),
         ({"geometry": PatchGeometry.corners((8, 8), 4)}, ValueError, "model cannot take inputs"),
     ],
 )
 def test_bad_settings_are_named(settings, error, words) -> None:
     with pytest.raises(error, match=words):
         reduce(patch_network(), **settings)
+
+
+@pytest.mark.parametrize("placement", [Placement.SHARED_INPUT, Placement.PER_PATCH])
+def test_preprocessing_meets_the_noisy_patches(placement: Placement) -> None:
+    """Normalisation in ART's way and as a layer are one and the same."""
+    network = patch_network()
+    by_art = reduce(network, placement=placement, preprocessing=(0.4, 0.5))
+    as_layer = reduce(nn.Sequential(Normalize(0.4, 0.5), network), placement=placement)
+    found = [each.certificates(X[:5], n=500, seed=3) for each in (by_art, as_layer)]
+    assert np.array_equal(found[0].count, found[1].count)
+    assert np.array_equal(by_art.predict(X[:5], seed=1), as_layer.predict(X[:5], seed=1))
+    gradients = [each.loss_gradient(X[:5], Y[:5]) for each in (by_art, as_layer)]
+    assert np.allclose(*gradients, atol=1e-6)
+    bare = [each.loss_gradient(X[:5], Y[:5], sampling=False) for each in (by_art, as_layer)]
+    assert np.allclose(*bare, atol=1e-6)
+
+
+def test_passes_count_every_patch_and_the_block_bounds_them(network: nn.Module) -> None:
+    classifier = reduce(network, performance=Performance(block=200))
+    found = classifier.certificates(X[:3], n=1_000, seed=0)
+    assert found.passes.tolist() == [5 * 1_100] * 3
+    classifier.performance = Performance(block=100)
+    assert classifier.model.base.block == 100
+    assert np.array_equal(classifier.certificates(X[:3], n=1_000, seed=0).count, found.count)
+    assert reduce(network, PyTorchPatchVote).certificates(X[:3], n=1_000, seed=0).passes.tolist() == [5 * 1_100] * 3
 
 
 def test_placements_behind_the_input_are_not_trained_here() -> None:

@@ -37,9 +37,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 COHEN = ("idx", "label", "predict", "radius", "correct", "time")
-OURS = ("sigma", "p_lower", "p_upper", "count", "runner_up_count", "n", "n0", "alpha", "kind", "seed")
+OURS = ("sigma", "p_lower", "p_upper", "count", "runner_up_count", "n", "n0", "alpha", "kind", "seed", "passes")
 NUMBERS = tuple(name for name in OURS if name != "kind")
-_INTEGERS = ("idx", "label", "predict", "correct", "count", "runner_up_count", "n", "n0", "seed")
+_INTEGERS = ("idx", "label", "predict", "correct", "count", "runner_up_count", "n", "n0", "seed", "passes")
 _CLOCK = re.compile(r"(\d+):([0-5]?\d):([0-5]?\d(?:\.\d*)?)")
 
 
@@ -61,7 +61,7 @@ class Record:
         Seconds spent on the input.
     columns : dict
         The columns beyond Cohen's six that the file has, by name: ``sigma``, ``p_lower``, ``p_upper``, ``alpha``
-        (float64), ``count``, ``runner_up_count``, ``n``, ``n0``, ``seed`` (int64).
+        (float64), ``count``, ``runner_up_count``, ``n``, ``n0``, ``seed``, ``passes`` (int64).
     kind : str or None
         Kind of all its certificates; None where the file does not say.
     manifest : dict or None
@@ -256,7 +256,7 @@ def to_certificates(record: Record) -> Certificates:
     ValueError
         If the record lacks columns of ours, as Cohen's logs do.
     """
-    missing = [name for name in NUMBERS if name not in record.columns]
+    missing = [name for name in NUMBERS if name not in record.columns and name != "passes"]   # old records lack it
     if missing or record.kind is None:
         raise ValueError(
             f"{record.path} lacks the column {', '.join(missing or ['kind'])}, without which no certificate can be "

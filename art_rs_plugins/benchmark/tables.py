@@ -181,16 +181,16 @@ def sections(labels: Sequence[str], summaries: Sequence[Summary]) -> dict[str, l
 def leaderboard(records: Sequence[Record]) -> list[dict[str, str]]:
     """Rows of the table that compares records: accuracy with its 95 % band at the radii that were asked for.
 
-    ``passes`` is the mean number of noisy passes of an input, selection draws included; rules that share their draws
-    are charged for their own. The average certified radius is left out where radii were named beforehand, as the
-    certificates are rounded down to those.
+    ``passes`` is the mean number of forward passes of an input, those of selection, of a search and of every noise
+    level included; rules that share their draws are charged for their own. The average certified radius is left out
+    where radii were named beforehand, as the certificates are rounded down to those.
     """
     named = {tuple(radii) for record in records if (radii := _setting(record, "radii")) is not None}
     radii = sorted(set().union(*named)) if named else list(RADII)
     rows = []
     for label, record in zip(record_labels(records), records, strict=True):
         summary, curve = summarize(record), accuracy_of(record, radii)
-        spent = record.columns["n"] + record.columns["n0"] if {"n", "n0"} <= set(record.columns) else None
+        spent = _passes(record)
         rows.append(
             {
                 "record": label,
@@ -208,6 +208,14 @@ def leaderboard(records: Sequence[Record]) -> list[dict[str, str]]:
         )
     order = ["certified", "exact", "committed", "conditional", ""]
     return sorted(rows, key=lambda row: order.index(row["kind"]))
+
+
+def _passes(record: Record) -> NDArray[np.int64] | None:
+    """Forward passes of each input, where the record says them."""
+    columns = record.columns
+    if "passes" in columns:
+        return columns["passes"]
+    return columns["n"] + columns["n0"] if {"n", "n0"} <= set(columns) else None
 
 
 def _limit(record: Record) -> int | None:

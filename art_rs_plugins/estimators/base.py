@@ -197,7 +197,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         self.preprocessing_defences = self._set_preprocessing_defences(preprocessing_defences)
         self.postprocessing_defences = self._set_postprocessing_defences(postprocessing_defences)
         self.history_: list[Epoch] = []
-        self._ready: tuple[Any, tuple[Tensor, ...], Voter] | None = None
+        self._ready: dict[int, tuple[Any, tuple[Tensor, ...], Voter]] = {}
         self._update_preprocessing_operations()
         if isinstance(model, SmoothedModule) and model.f.transform is not None and self.model.f.transform is None:
             raise ValueError(
@@ -381,7 +381,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         probe[0] = 0.0
         try:
             with torch.no_grad(), evaluating(self.model):
-                outputs = self.model.f(probe)
+                outputs = self.model.f(self.model.f.lift(probe))
         except RuntimeError as error:
             raise ValueError(f"model cannot take inputs of input_shape {self.input_shape}: {error}") from error
         if outputs.shape != (8, self.nb_classes):
@@ -432,16 +432,17 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
 
     # ------------------------------------------------------------------ certificates and predictions
 
-    def _voter(self) -> nn.Module:
-        """The base classifier as it votes, made anew when weights, transform or `performance` have changed."""
-        f: BaseClassifier = self.model.f
+    def _voter(self, f: BaseClassifier | None = None) -> nn.Module:
+        """A classifier as it votes, made anew when its weights or transform, or `performance`, have changed."""
+        f = self.model.f if f is None else f
         if self.performance in (Performance(), Performance(block=self.performance.block)):
             return f
         key, state = (self.performance, id(f.network), id(f.transform)), (*f.parameters(), *f.buffers())
+        ready = self._ready.get(id(f))
         # values, not version counters: those miss whoever writes to parameter.data
-        if self._ready is None or self._ready[0] != key or not all(map(torch.equal, self._ready[1], state)):
-            self._ready = (key, tuple(t.detach().clone() for t in state), Voter(f, self.performance))
-        return self._ready[2]
+        if ready is None or ready[0] != key or not all(map(torch.equal, ready[1], state)):
+            ready = self._ready[id(f)] = (key, tuple(t.detach().clone() for t in state), Voter(f, self.performance))
+        return ready[2]
 
     @staticmethod
     def _groups(total: int, batch_size: int) -> list[slice]:
@@ -769,12 +770,13 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         ValueError, TypeError
             For inputs or labels that do not fit.
         """
-        target = self.model.f if kwargs.get("sampling") is False else self.model
+        bare = kwargs.get("sampling") is False
+        target = self.model.f if bare else self.model
         leaf = self._leaf(x)
         labels = self._labels(y, len(leaf))
         with evaluating(target):
             target.train(training_mode)
-            (gradient,) = torch.autograd.grad(self.loss(target(leaf), labels), leaf)
+            (gradient,) = torch.autograd.grad(self.loss(target(target.lift(leaf) if bare else leaf), labels), leaf)
         return _as_given(gradient, x)
 
     def class_gradient(
@@ -893,7 +895,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         try:
             with torch.set_grad_enabled(framework), evaluating(self.model):
                 for start in range(0, len(inputs), size):
-                    self.model.f(inputs[start : start + size])
+                    self.model.f(self.model.f.lift(inputs[start : start + size]))
         finally:
             handle.remove()
         activations = torch.cat(found)
@@ -960,7 +962,6 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         **kwargs
             ``scheduler``, as in `fit`.
         """
-
         if not isinstance(self._training_noise(), Gaussian):
             raise ValueError("fit_generator does not say which example is which, as a sigma for each needs; use fit")
 
@@ -1074,7 +1075,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         module = state.pop("_model")
         self.__dict__.update(state)
         self._model = self._make_model_wrapper(module)
-        self._ready = None
+        self._ready = {}
         self._check_params()
 
     # ------------------------------------------------------------------ what comes in

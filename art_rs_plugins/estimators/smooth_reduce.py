@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
 from art_rs_plugins.smoothing.certify import Predictions, certify_all, predict
 from art_rs_plugins.smoothing.modules import PatchReduce
+from art_rs_plugins.smoothing.performance import Performance
 from art_rs_plugins.smoothing.video import Reduction, Vote
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.patches import CertifiedVote, PatchCertificates, PatchGeometry, Placement
@@ -29,7 +30,7 @@ class PyTorchSmoothReduce(PyTorchSmoothedClassifier):
     Parameters
     ----------
     *args, **kwargs
-        As `PyTorchSmoothedClassifier`; `model` is the network of one patch.
+        As `PyTorchSmoothedClassifier`; `model` is the network of one patch, and preprocessing is applied to patches.
     geometry : PatchGeometry
         Which patches, along the first axes behind the channels of `input_shape`.
     reduction : Reduction, optional
@@ -44,8 +45,7 @@ class PyTorchSmoothReduce(PyTorchSmoothedClassifier):
     Raises
     ------
     ValueError, TypeError
-        As `PyTorchSmoothedClassifier`; for a geometry of another input size, a placement without a certificate, and
-        preprocessing beside noise that is not added to the input.
+        As `PyTorchSmoothedClassifier`; for a geometry of another input size, and a placement without a certificate.
 
     Notes
     -----
@@ -93,9 +93,8 @@ class PyTorchSmoothReduce(PyTorchSmoothedClassifier):
         super().__init__(*args, **kwargs)
 
     def _network(self, network: nn.Module) -> nn.Module:
-        inner = network.f.network if isinstance(network, PatchReduce) else network
         return PatchReduce(
-            inner,
+            network.f.network if isinstance(network, PatchReduce) else network,
             self.geometry,
             reduction=self.reduction,
             placement=self.placement,
@@ -123,12 +122,22 @@ class PyTorchSmoothReduce(PyTorchSmoothedClassifier):
                 f"geometry is of inputs of size {self.geometry.size}, but input_shape is {self.input_shape}: "
                 "its axes behind the channels must begin with that size"
             )
-        if self.model.f.transform is not None and self.placement != Placement.SHARED_INPUT:
-            raise ValueError(
-                f"preprocessing needs the noisy input, but {self.placement.name} adds the noise later; put it into the "
-                "network, or use SHARED_INPUT"
-            )
         super()._check_params()
+
+    def _update_preprocessing_operations(self) -> None:
+        """Move ART's preprocessing behind the patches, so that it meets the noise under every placement."""
+        super()._update_preprocessing_operations()
+        self.model.base.f.transform, self.model.f.transform = self.model.f.transform, None
+
+    @property
+    def performance(self) -> Performance:
+        """How the network votes."""
+        return super().performance
+
+    @performance.setter
+    def performance(self, value: Performance) -> None:
+        PyTorchSmoothedClassifier.performance.fset(self, value)   # type: ignore[attr-defined]
+        self.model.base.block = self._performance.block
 
     def _train(self, *args: Any, **kwargs: Any) -> None:
         if self.placement != Placement.SHARED_INPUT:
@@ -144,7 +153,8 @@ class PyTorchSmoothReduce(PyTorchSmoothedClassifier):
         patches: PatchReduce = self.model.base
         noise, votes = patches.lifted(self.noise(self.scale)), self._votes(seed, indices)
         found = certify_all(f, patches.lift(x), noise, n=n, n0=n0, rules=rules, **votes)
-        return [PatchCertificates.of(certificates, patches.lift_norm) for certificates in found]
+        m = len(self.geometry.offsets)
+        return [PatchCertificates.of(certificates, patches.lift_norm, patches=m) for certificates in found]
 
     def _predict(
         self, f: nn.Module, x: Tensor, *, n: int, alpha: float, seed: int, indices: NDArray[np.int64]

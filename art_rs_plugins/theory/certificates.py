@@ -19,7 +19,7 @@ Kind = Literal["certified", "exact", "committed", "conditional"]
 ``conditional``: about a classifier frozen at this input; reproduced for comparison, never counted as certified.
 """
 
-_INTEGERS = ("prediction", "count", "runner_up_count", "n", "n0", "index", "seed")
+_INTEGERS = ("prediction", "count", "runner_up_count", "n", "n0", "index", "seed", "passes")
 _REALS = ("radius", "p_lower", "p_upper", "sigma", "alpha")
 
 
@@ -53,6 +53,9 @@ class Certificates:
         Order of the norm, 2 for Gaussian noise.
     performance : str
         How the network computed when it voted, such as ``float32``: the certificate is about it as it then computes.
+    passes : int64
+        Forward passes that the input took in all; by default n + n0. More where sigma was searched for, or where
+        several noise levels voted: n and n0 are then those at ``sigma``.
 
     Raises
     ------
@@ -83,8 +86,12 @@ class Certificates:
     kind: Kind = "certified"
     norm: float = 2.0
     performance: str = "float32"
+    passes: NDArray[np.int64] = None   # type: ignore[assignment]   # an array from here on
 
     def __post_init__(self) -> None:
+        given: Any = self.passes
+        if given is None:
+            object.__setattr__(self, "passes", np.add(self.n, self.n0))
         prediction = np.asarray(self.prediction)
         if prediction.ndim != 1:
             raise ValueError(f"prediction must have shape (b,), got {prediction.shape}")
@@ -129,7 +136,7 @@ class Certificates:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Certificates]) -> Certificates:
-        """Join certificates of one kind, norm and performance; ``ValueError`` where these differ or nothing is given."""
+        """Join certificates of one kind, norm and performance; ``ValueError`` where these differ or there are none."""
         if not parts:
             raise ValueError("parts must hold at least one Certificates")
         for name in ("kind", "norm", "performance"):
