@@ -256,3 +256,20 @@ def test_passes_count_every_patch_and_the_block_bounds_them(network: nn.Module) 
 def test_placements_behind_the_input_are_not_trained_here() -> None:
     with pytest.raises(ValueError, match="train the network of one patch"):
         reduce(patch_network(), placement=Placement.PER_PATCH).fit(X[:8], Y[:8], nb_epochs=1)
+
+
+@pytest.mark.parametrize("placement", [Placement.SHARED_INPUT, Placement.PER_PATCH])
+def test_smoothed_pgd_aims_at_what_is_certified(network: nn.Module, placement: Placement) -> None:
+    """Behind a map as on the input: within the budget, downhill, and right about a planted false certificate."""
+    classifier = reduce(network, placement=placement)
+    x, y = X[TEST][:30], Y[TEST][:30]
+    moved = ATTACKS["smoothed-pgd"].make(classifier, 1.0, 10, 0)(x, y)
+    assert np.linalg.norm((moved - x).reshape(30, -1), axis=1).max() <= 1.0 + 1e-5
+    assert moved.min() >= 0.0
+    assert moved.max() <= 1.0
+    honest = classifier.certificates(x, n=1_000, seed=0)
+    planted = replace(honest, radius=honest.radius + 1.2 * ~honest.abstained)
+    for certificates, expected in ((honest, False), (planted, True)):
+        attack = ATTACKS["smoothed-pgd"]
+        found = run_attack(attack, classifier, x, y, budgets=(1.0,), certificates=certificates, steps=10, seed=0)
+        assert bool(audit(certificates, found, y).contradictions) == expected

@@ -193,8 +193,8 @@ def test_the_command_line_trains_with_adre_and_certifies_two_sidedly(monkeypatch
         return capsys.readouterr().out
 
     weights, record = str(tmp_path / "w.safetensors"), tmp_path / "r.tsv"
-    settings = ["--method", "adre", "--draws", "2", "--eps", "0.1", "--steps", "1", "--examples", "::4", "--epochs", "2"]
-    assert "training accuracy under noise" in call("train", "--output", weights, *settings, "--quiet")
+    settings = ["--method", "adre", "--draws", "2", "--eps", "0.1", "--steps", "1", "--examples", "::4"]
+    assert "training accuracy under noise" in call("train", "--output", weights, "--epochs", "2", *settings, "--quiet")
     words = ["certify", "--output", str(record), "--weights", weights, "--n", "500", "--examples", ":6", "--quiet"]
     call(*words, "--rule", "two-sided", "--method", "adre", "--option", "weight=0.2")
     found = to_certificates(read_record(record))

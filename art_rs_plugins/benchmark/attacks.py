@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
 from art_rs_plugins.estimators.inputs import as_limits
 from art_rs_plugins.smoothing.adversary import SmoothedPGD
+from art_rs_plugins.smoothing.modules import SmoothedModule
 from art_rs_plugins.smoothing.noise import Gaussian, check_seed, derive_seed
 from art_rs_plugins.smoothing.sampling import check_count, evaluating
 from art_rs_plugins.theory.audit import AttackOutcomes, suspects
@@ -104,20 +105,28 @@ def _smoothed_pgd(estimator: PyTorchSmoothedClassifier, budget: float, steps: in
         limits = limits[0].to(estimator.device), limits[1].to(estimator.device)
 
     def craft(x: Images, y: NDArray[np.int64]) -> Images:
+        inputs, labels = torch.as_tensor(x, device=estimator.device), torch.as_tensor(y, device=estimator.device)
         with evaluating(estimator.model):
-            adversarial = attack.perturb(
-                estimator.model.f,
-                torch.as_tensor(x, device=estimator.device),
-                torch.as_tensor(y, device=estimator.device),
-                Gaussian(estimator.scale),
-                budget,
-                seed=seed,
-                clip_values=limits,
-                probabilities=estimator.model.probabilities,
-            )
+            if _is_plain(estimator, inputs):
+                noise, probabilities = Gaussian(estimator.scale), estimator.model.probabilities
+                settings = {"seed": seed, "clip_values": limits, "probabilities": probabilities}
+                adversarial = attack.perturb(estimator.model.f, inputs, labels, noise, budget, **settings)
+            else:
+                adversarial = attack.perturb_soft(
+                    lambda step: estimator.attack_view(seed=derive_seed(seed, step)).model,
+                    inputs,
+                    labels,
+                    budget,
+                    clip_values=limits,
+                )
         return adversarial.cpu().numpy()
 
     return craft
+
+
+def _is_plain(estimator: PyTorchSmoothedClassifier, x: torch.Tensor) -> bool:
+    """Whether one noise on the input and one network are all there is; every input then gets draws of its own."""
+    return type(estimator.model) is SmoothedModule and estimator.model.f.lift(x) is x
 
 
 def _generate(attack: Any) -> Craft:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,49 @@ from torch import nn
 from art_rs_plugins.benchmark.config import NOISES, RunConfig
 from art_rs_plugins.benchmark.data import Dataset, load
 from art_rs_plugins.benchmark.models import build, load_weights
+from art_rs_plugins.benchmark.modes import data_dependent
 from art_rs_plugins.estimators.adre import PyTorchADRE
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
+from art_rs_plugins.estimators.insta_rs import PyTorchInstaRS
+from art_rs_plugins.smoothing.scales import Conditional
+from art_rs_plugins.smoothing.sigma import MultiStartSearch
+from art_rs_plugins.theory.scales import Cascade, Envelope
 
-__all__ = ["METHODS", "open_estimator", "smooth"]
+__all__ = ["CERTIFICATES", "METHODS", "open_estimator", "smooth"]
+
+CERTIFICATES: dict[str, type[Envelope] | type[Cascade] | type[MultiStartSearch]] = {
+    "envelope": Envelope,
+    "cascade": Cascade,
+    "conditional": MultiStartSearch,
+}
+"""Certificates of Insta-RS by name, with the class whose settings are among the options; alpha is the estimator's."""
+
+
+def insta_rs(*args: Any, certificate: str = "envelope", **options: Any) -> PyTorchInstaRS:
+    """`PyTorchInstaRS` from the values of a configuration, such as certificate = "envelope", sigmas = [0.25, 0.5]."""
+    if certificate not in CERTIFICATES:
+        near = difflib.get_close_matches(certificate, CERTIFICATES, n=1) or list(CERTIFICATES)
+        known = ", ".join(CERTIFICATES)
+        raise ValueError(f"certificate must be one of {known}, got {certificate!r}; did you mean {near[0]!r}?")
+    family = CERTIFICATES[certificate]
+    if family is not MultiStartSearch and "sigmas" not in options:
+        raise ValueError(f"certificate {certificate!r} needs the option sigmas, such as sigmas = [0.25, 0.5]")
+    names = [field.name for field in fields(family) if field.name in options and field.name != "alpha"]
+    own: dict[str, Any] = {name: _frozen(options.pop(name)) for name in names}
+    chosen = family(**own)
+    made = Conditional(chosen) if isinstance(chosen, MultiStartSearch) else chosen
+    return PyTorchInstaRS(*args, certificate=made, **options)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
 
 METHODS: dict[str, Callable[..., PyTorchSmoothedClassifier]] = {
     "smoothing": PyTorchSmoothedClassifier,
     "adre": PyTorchADRE,
+    "insta-rs": insta_rs,
+    "data-dependent": data_dependent,
 }
 """Estimators by name; the options of a configuration are arguments of the class."""
 
@@ -44,8 +80,12 @@ def smooth(
     )
 
 
-def open_estimator(config: RunConfig, block: int | None = None) -> tuple[Dataset, PyTorchSmoothedClassifier]:
+def open_estimator(
+    config: RunConfig, block: int | None = None, folder: Path = Path()
+) -> tuple[Dataset, PyTorchSmoothedClassifier]:
     """Data set and smoothed classifier of a configuration; `block` rows in a forward pass where it names none.
+
+    A memory is a file of `folder`.
 
     Raises
     ------
@@ -66,4 +106,6 @@ def open_estimator(config: RunConfig, block: int | None = None) -> tuple[Dataset
         "performance": config.performance(block),
         **config.options,
     }
+    if config.method == "data-dependent":
+        settings |= {"dataset": data, "folder": folder}
     return data, smooth(network, data, config.sigma, config.device, config.seed, config.method, **settings)

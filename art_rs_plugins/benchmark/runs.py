@@ -150,7 +150,7 @@ def _record(
             for writer, certificates in zip(writers, found, strict=True):
                 new = np.array([int(index) not in writer.done for index in rows])
                 writer.append(certificates[new], data.y_test[rows[new]], seconds)
-            votes += int(np.max([certificates.n + certificates.n0 for certificates in found], axis=0).sum())
+            votes += int(np.max([certificates.passes for certificates in found], axis=0).sum())
             abstained += int(found[0].abstained.sum())
             bar.update(len(rows))
             bar.set_postfix_str(f"{votes / (time.perf_counter() - start):,.0f} votes/s, {abstained} abstained")

@@ -101,6 +101,41 @@ class SmoothedPGD:
             parts.append(_ascend(log_p, group, truth, budget, self.steps, 2.5, clip_values))
         return torch.cat(parts)
 
+    def perturb_soft(
+        self,
+        soft: Callable[[int], nn.Module],
+        x: Tensor,
+        labels: Tensor,
+        budget: float,
+        *,
+        clip_values: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Adversarial inputs against a classifier that is more than one noise and a network.
+
+        Parameters
+        ----------
+        soft : callable
+            From the number of a step to the soft classifier with draws of its own, (b, ...) to log probabilities
+            (b, k).
+        x, labels, budget, clip_values
+            As in `perturb`.
+
+        Returns
+        -------
+        Tensor, shape of x
+        """
+        if not budget >= 0.0:
+            raise ValueError(f"budget must be >= 0, in the units of the input, got {budget}")
+        views = [soft(step) for step in range(self.steps)]
+
+        def log_p(here: Tensor, step: int) -> Tensor:
+            scores: Tensor = views[step](here)
+            return scores.float().log_softmax(dim=1)[None]
+
+        size = max(1, (self.block or default_block(x.shape[1:])) // self.samples)
+        groups = zip(x.split(size), labels.split(size), strict=True)
+        return torch.cat([_ascend(log_p, each, truth, budget, self.steps, 2.5, clip_values) for each, truth in groups])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SmoothAdv:
