@@ -16,12 +16,12 @@ from art_rs_plugins.benchmark.models import (
     ResNet,
     build,
     load_weights,
-    network_digest,
     network_outputs,
     read_training,
     same_outputs,
     save_weights,
 )
+from art_rs_plugins.smoothing.digest import network_digest
 from art_rs_plugins.smoothing.modules import Normalize
 
 SHARED = os.environ.get("ART_RS_SHARED_DATA", "")

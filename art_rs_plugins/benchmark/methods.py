@@ -17,8 +17,11 @@ from art_rs_plugins.benchmark.modes import data_dependent
 from art_rs_plugins.estimators.adre import PyTorchADRE
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
 from art_rs_plugins.estimators.insta_rs import PyTorchInstaRS
+from art_rs_plugins.estimators.smooth_reduce import PyTorchSmoothReduce
 from art_rs_plugins.smoothing.scales import Conditional
 from art_rs_plugins.smoothing.sigma import MultiStartSearch
+from art_rs_plugins.smoothing.video import Max, Mean, Vote
+from art_rs_plugins.theory.patches import Pad, PatchGeometry, Placement
 from art_rs_plugins.theory.scales import Cascade, Envelope
 
 __all__ = ["CERTIFICATES", "METHODS", "open_estimator", "smooth"]
@@ -47,6 +50,26 @@ def insta_rs(*args: Any, certificate: str = "envelope", **options: Any) -> PyTor
     return PyTorchInstaRS(*args, certificate=made, **options)
 
 
+REDUCTIONS: dict[str, type[Mean] | type[Max] | type[Vote]] = {"mean": Mean, "max": Max, "vote": Vote}
+"""Reductions of patches by name."""
+
+
+def smooth_reduce(
+    *args: Any, patch: int, stride: int, pad: int = 0, reduction: str = "mean", placement: str = "input", **options: Any
+) -> PyTorchSmoothReduce:
+    """`PyTorchSmoothReduce` from the values of a configuration: patches on a grid, of a padded image if need be."""
+    placements = {"input": Placement.SHARED_INPUT, "padded": Placement.SHARED_RESIZED, "patch": Placement.PER_PATCH}
+    if reduction not in REDUCTIONS or placement not in placements:
+        raise ValueError(
+            f"reduction must be one of {', '.join(REDUCTIONS)} and placement one of {', '.join(placements)}, got "
+            f"{reduction!r} and {placement!r}"
+        )
+    size = tuple(options["input_shape"][1:])
+    geometry = PatchGeometry.grid(size, patch, stride, before=Pad(pad) if pad else None)
+    settings = {"geometry": geometry, "reduction": REDUCTIONS[reduction](), "placement": placements[placement]}
+    return PyTorchSmoothReduce(*args, **settings, **options)
+
+
 def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -56,6 +79,7 @@ METHODS: dict[str, Callable[..., PyTorchSmoothedClassifier]] = {
     "adre": PyTorchADRE,
     "insta-rs": insta_rs,
     "data-dependent": data_dependent,
+    "smooth-reduce": smooth_reduce,
 }
 """Estimators by name; the options of a configuration are arguments of the class."""
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib
 import inspect
 import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,6 @@ __all__ = [
     "ResNet",
     "build",
     "load_weights",
-    "network_digest",
     "network_outputs",
     "read_training",
     "same_outputs",
@@ -331,21 +328,6 @@ def read_training(path: str | Path) -> dict[str, str] | None:
     except Exception as error:  # a damaged file raises whatever its bytes suggest
         raise _damaged(source, error) from error
     return found
-
-
-def network_digest(network: nn.Module) -> str:
-    """SHA-256 in hexadecimal of a network: its layers as it prints them, its parameters, and all of its buffers.
-
-    Buffers count whether they are among the weights or not, such as the mean of a normalisation. What a network
-    computes beyond what it prints is left to `network_outputs`.
-    """
-    # A printed function carries its address, which is another one in each process.
-    total = hashlib.sha256(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(network)).encode())
-    tensors = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
-    for name, value in sorted(tensors, key=lambda entry: entry[0]):
-        total.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def network_outputs(network: nn.Module, input_shape: tuple[int, ...]) -> list[float]:

@@ -21,10 +21,11 @@ from art_rs_plugins.benchmark.config import RunConfig, parse_examples
 from art_rs_plugins.benchmark.data import Dataset
 from art_rs_plugins.benchmark.files import check_folder, digest
 from art_rs_plugins.benchmark.methods import open_estimator
-from art_rs_plugins.benchmark.models import network_digest, network_outputs, read_training, same_outputs
+from art_rs_plugins.benchmark.models import network_outputs, read_training, same_outputs
 from art_rs_plugins.benchmark.records import Record, read_manifest, read_record, to_certificates
 from art_rs_plugins.benchmark.writer import RecordWriter
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
+from art_rs_plugins.smoothing.digest import network_digest
 from art_rs_plugins.smoothing.noise import derive_seed
 from art_rs_plugins.smoothing.performance import measure_block
 from art_rs_plugins.smoothing.sampling import default_block, evaluating
@@ -91,7 +92,7 @@ def certify_rules(configs: Sequence[RunConfig], outputs: Sequence[Path], *, verb
     for output in outputs:
         check_folder(output)
     known = read_manifest(outputs[0])
-    data, estimator = open_estimator(config, None if known is None else known.get("block"))
+    data, estimator = open_estimator(config, None if known is None else known.get("block"), outputs[0].parent)
     indices = parse_examples(config.examples, len(data.x_test))
     if not len(indices):
         raise ValueError(f"examples {config.examples!r} selects none of the {len(data.x_test)} test examples")
@@ -100,6 +101,7 @@ def certify_rules(configs: Sequence[RunConfig], outputs: Sequence[Path], *, verb
             block = measure_block(estimator.model.f, estimator.input_shape, estimator.device)
         estimator.set_params(performance=config.performance(block))
     with ExitStack() as stack:
+        stack.callback(estimator.close)
         writers = [
             stack.enter_context(_writer(each, output, data, indices, estimator))
             for each, output in zip(configs, outputs, strict=True)
@@ -207,7 +209,7 @@ def _rebuild(record: Record) -> tuple[Dataset, PyTorchSmoothedClassifier]:
     if unknown:
         raise ValueError(f"the manifest of {path} has settings unknown to this version: {', '.join(unknown)}; update")
     config = RunConfig(**settings)
-    data, estimator = open_estimator(config, manifest.get("block"))
+    data, estimator = open_estimator(config, manifest.get("block"), path.parent)
     indices = parse_examples(config.examples, len(data.x_test))
     facts = _facts(config, data, indices, estimator)
     changed = [what for fact, what in _MEANING.items() if manifest.get(fact) != facts[fact]]

@@ -13,6 +13,7 @@ from typing import Any
 
 from art_rs_plugins.benchmark.config import RULES, RunConfig, TrainConfig
 from art_rs_plugins.benchmark.files import write_atomic
+from art_rs_plugins.benchmark.memory import write_study
 from art_rs_plugins.benchmark.models import read_training
 from art_rs_plugins.benchmark.records import Record
 from art_rs_plugins.benchmark.report import write_leaderboard, write_report
@@ -188,4 +189,8 @@ def _run_cell(cell: Cell, output: Path, verbose: bool) -> list[Record]:
         config = replace(config, weights=str(weights))
     configs = [replace(config, rule=rule) for rule in cell.rules] or [config]
     outputs = [output / f"{cell.name}.{rule}.tsv" for rule in cell.rules] or [output / f"{cell.name}.tsv"]
-    return certify_rules(configs, outputs, verbose=verbose)
+    records = certify_rules(configs, outputs, verbose=verbose)
+    study = output / f"{cell.name}.attacker-first.md"
+    if config.method == "data-dependent" and config.options.get("mode", "commit") == "commit" and not study.exists():
+        write_study(config, study)
+    return records

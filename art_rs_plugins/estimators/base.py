@@ -1064,6 +1064,9 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         if self.optimizer is not None:
             torch.save(self.optimizer.state_dict(), f"{target}.optimizer")
 
+    def close(self) -> None:
+        """Let go of what the method holds open; nothing here."""
+
     def __getstate__(self) -> dict[str, Any]:
         # ART writes files into its data folder on every pickle and deepcopy; this one is whole in itself
         left = ("_model_wrapper", "_device", "_ready")

@@ -77,9 +77,9 @@ class PyTorchDataDependentSmoothing(PyTorchSmoothedClassifier):
     draws differ from attempt to attempt all the same, but somebody who knows it could choose inputs that void alpha.
     Inputs of one call are settled as a set, whatever their order.
 
-    *Cost.* ``search.cost`` + n0 + n passes for each input that the memory does not cover, none where it does; n0 + n in
-    the other modes; ``Certificates.passes`` counts them. A memory keeps all inputs as they are, and whoever may ask can
-    fill it; to serve strangers, use `freeze`. Threads may ask one estimator; they certify one after the other.
+    *Cost.* n0 + n passes for each input, and ``search.cost`` under ``Commit`` and ``Conditional``; none where a promise
+    of ``Commit`` covers it. ``Certificates.passes`` counts them. A memory keeps all inputs as they are, and whoever may
+    ask can fill it; to serve strangers, use `freeze`. Threads may ask one estimator; they certify one after the other.
 
     *Source.* Alfarra, Bibi, Torr and Ghanem (2022), "Data-Dependent Randomized Smoothing", UAI; see
     `CertifiedRegions` for what differs. Sukenik, Kuvshinov and Guennemann (2022) for a sigma that changes slowly.

@@ -560,5 +560,5 @@ def _difference(path: str | Path | None, theirs: Mapping[str, Any], ours: Mappin
     parts = [f"{name} is {theirs.get(name, 'absent')!r} there and {ours.get(name, 'absent')!r} here" for name in names]
     return (
         f"{path} keeps promises of another model or other settings: {'; '.join(parts)}. "
-        "Choose another path, or end those promises with new_epoch=True"
+        "Choose another path, or end those promises by a new epoch"
     )
