@@ -66,8 +66,8 @@ def smooth_reduce(
         )
     size = tuple(options["input_shape"][1:])
     geometry = PatchGeometry.grid(size, patch, stride, before=Pad(pad) if pad else None)
-    settings = {"geometry": geometry, "reduction": REDUCTIONS[reduction](), "placement": placements[placement]}
-    return PyTorchSmoothReduce(*args, **settings, **options)
+    settings: dict[str, Any] = {"reduction": REDUCTIONS[reduction](), "placement": placements[placement]}
+    return PyTorchSmoothReduce(*args, geometry=geometry, **settings, **options)
 
 
 def _frozen(value: Any) -> Any:
