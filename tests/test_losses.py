@@ -14,7 +14,7 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import norm
 from torch import Tensor
 
-from art_rs_plugins.smoothing.losses import ADRE, MACER, Consistency, cross_entropy
+from art_rs_plugins.smoothing.losses import ADRE, MACER, Consistency, adre, consistency, cross_entropy, macer
 
 SECOND_WRONG = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])   # the runner-up 2 leads in the mean
 SECOND_RIGHT = torch.tensor([[2.0, 0.0, 1.0], [3.0, 1.0, 0.0]])   # the label leads
@@ -323,3 +323,16 @@ def test_one_draw_is_warned_of():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             loss.check_draws(2)
+
+
+def test_functions_are_the_losses_in_one_call() -> None:
+    logits, labels = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 4, 2])
+    pairs = [
+        (adre(logits, labels, 0.3, floor=1e-6), ADRE(0.3, 1e-6)),
+        (consistency(logits, labels, 2.0, entropy_weight=0.1), Consistency(2.0, 0.1)),
+        (macer(logits, labels, 0.5, 4.0, gamma=6.0, beta=2.0), MACER(0.5, 4.0, 6.0, 2.0)),
+    ]
+    for value, loss in pairs:
+        assert torch.equal(value, loss(logits, labels))
+    with pytest.raises(ValueError, match="weight"):
+        adre(logits, labels, -1.0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from art_rs_plugins.theory.radii import check_sigma
 
-__all__ = ["ADRE", "MACER", "Consistency", "cross_entropy"]
+__all__ = ["ADRE", "MACER", "Consistency", "adre", "consistency", "cross_entropy", "macer"]
 
 _MACER_FLOOR = 1e-10
 """Added to the probability of the label before its logarithm is taken."""
@@ -221,6 +221,23 @@ class MACER:
         counted = right & torch.isfinite(gap) & (gap <= self.gamma)
         hinge = (self.gamma - _gap(log_mean[counted], labels[counted])).sum().to(precise.dtype)
         return (classification + self.weight * self.sigma / 2.0 * hinge) / len(labels)
+
+
+def adre(logits: Tensor, labels: Tensor, weight: float = 0.1, *, floor: float = 1e-10) -> Tensor:
+    """Loss of `ADRE` with these settings, in one call; shapes and errors as there."""
+    return ADRE(weight, floor)(logits, labels)
+
+
+def consistency(logits: Tensor, labels: Tensor, weight: float, *, entropy_weight: float = 0.5) -> Tensor:
+    """Loss of `Consistency` with these settings, in one call; shapes and errors as there."""
+    return Consistency(weight, entropy_weight)(logits, labels)
+
+
+def macer(
+    logits: Tensor, labels: Tensor, sigma: float, weight: float, *, gamma: float = 8.0, beta: float = 16.0
+) -> Tensor:
+    """Loss of `MACER` with these settings, in one call; shapes and errors as there."""
+    return MACER(sigma, weight, gamma, beta)(logits, labels)
 
 
 def _gap(log_mean: Tensor, labels: Tensor) -> Tensor:
