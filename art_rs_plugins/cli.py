@@ -155,11 +155,11 @@ def attack(
     quiet: Quiet = False,
 ) -> None:
     """Attack the classifier behind a record; exits with 1 if a certificate is contradicted."""
-    from art_rs_plugins.benchmark import runs
+    from art_rs_plugins.benchmark import attacked
     from art_rs_plugins.benchmark.report import audit_text
 
     names, budgets = name or ["pgd", "smoothed-pgd"], sorted(budget or [0.25, 0.5, 0.75, 1.0])
-    audits = runs.attack(record, names, budgets, steps=steps, n=n, seed=seed, verbose=not quiet)
+    audits = attacked.attack(record, names, budgets, steps=steps, n=n, seed=seed, verbose=not quiet)
     for title, found in audits.items():
         typer.echo(f"\n{title}\n{audit_text(found)}")
     _finish([audits["all"]])

@@ -19,11 +19,12 @@ from support import Recorder, X, Y, digits_network, smooth
 from torch import nn
 
 from art_rs_plugins import Commit, Frozen, PyTorchDataDependentSmoothing
+from art_rs_plugins.benchmark.attacked import attack
 from art_rs_plugins.benchmark.attacks import ATTACKS, Attack, run_attack
 from art_rs_plugins.benchmark.config import RunConfig
 from art_rs_plugins.benchmark.memory import study_memory, write_study
 from art_rs_plugins.benchmark.methods import open_estimator
-from art_rs_plugins.benchmark.runs import attack, certify
+from art_rs_plugins.benchmark.runs import certify
 from art_rs_plugins.benchmark.suite import read
 from art_rs_plugins.benchmark.tables import leaderboard
 from art_rs_plugins.smoothing.adversary import SmoothAdv

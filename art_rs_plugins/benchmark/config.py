@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +20,16 @@ from art_rs_plugins.theory.radii import check_sigma
 from art_rs_plugins.theory.rules import OneSided, Planned, Rule, Sequential
 from art_rs_plugins.theory.two_sided import SequentialTwoSided, TwoSided
 
-__all__ = ["NOISES", "RULES", "RunConfig", "TrainConfig", "check_device", "parse_examples", "parse_options"]
+__all__ = [
+    "NOISES",
+    "RULES",
+    "RunConfig",
+    "TrainConfig",
+    "check_device",
+    "check_name",
+    "parse_examples",
+    "parse_options",
+]
 
 NOISES: dict[str, type[Gaussian] | type[GridGaussian]] = {"gaussian": Gaussian, "grid": GridGaussian}
 """Noise families by name."""
@@ -97,10 +107,9 @@ class RunConfig:
             Planned(self.tolerance)
         if self.radii is not None and self.tolerance is not None:
             raise ValueError("radii and tolerance each say how to decide; give one of them")
-        if self.noise not in NOISES:
-            raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {self.noise!r}")
-        if self.rule is not None and self.rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        check_name(self.noise, NOISES, "noise")
+        if self.rule is not None:
+            check_name(self.rule, RULES, "rule")
         if self.rule is not None and self.tolerance is not None:
             raise ValueError("rule and tolerance each say how to decide; give one of them")
         self.performance(None)
@@ -115,6 +124,16 @@ class RunConfig:
             return None
         whole, named = RULES[self.rule]
         return whole(self.alpha) if self.radii is None else named(self.radii, self.alpha)
+
+
+def check_name(value: str, known: Iterable[str], what: str) -> str:
+    """Return a name that is known, or raise ``ValueError`` that lists those that are and offers the nearest."""
+    names = list(known)
+    if value not in names:
+        near = difflib.get_close_matches(value, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{what} must be one of {', '.join(names)}, got {value!r}{hint}")
+    return value
 
 
 def check_device(device: str) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from art_rs_plugins.benchmark.attacked import attack
 from art_rs_plugins.benchmark.config import RunConfig, TrainConfig
 from art_rs_plugins.benchmark.models import read_training
 from art_rs_plugins.benchmark.records import Record, read_record
-from art_rs_plugins.benchmark.runs import attack, certify
+from art_rs_plugins.benchmark.runs import certify
 from art_rs_plugins.benchmark.training import header, train
 from art_rs_plugins.theory.audit import Audit
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from art_rs_plugins.benchmark.config import NOISES, RunConfig
+from art_rs_plugins.benchmark.config import NOISES, RunConfig, check_name
 from art_rs_plugins.benchmark.data import Dataset, load
 from art_rs_plugins.benchmark.models import build, load_weights
 from art_rs_plugins.benchmark.modes import data_dependent
@@ -36,11 +35,7 @@ CERTIFICATES: dict[str, type[Envelope] | type[Cascade] | type[MultiStartSearch]]
 
 def insta_rs(*args: Any, certificate: str = "envelope", **options: Any) -> PyTorchInstaRS:
     """`PyTorchInstaRS` from the values of a configuration, such as certificate = "envelope", sigmas = [0.25, 0.5]."""
-    if certificate not in CERTIFICATES:
-        near = difflib.get_close_matches(certificate, CERTIFICATES, n=1) or list(CERTIFICATES)
-        known = ", ".join(CERTIFICATES)
-        raise ValueError(f"certificate must be one of {known}, got {certificate!r}; did you mean {near[0]!r}?")
-    family = CERTIFICATES[certificate]
+    family = CERTIFICATES[check_name(certificate, CERTIFICATES, "certificate")]
     if family is not MultiStartSearch and "sigmas" not in options:
         raise ValueError(f"certificate {certificate!r} needs the option sigmas, such as sigmas = [0.25, 0.5]")
     names = [field.name for field in fields(family) if field.name in options and field.name != "alpha"]
@@ -59,11 +54,7 @@ def smooth_reduce(
 ) -> PyTorchSmoothReduce:
     """`PyTorchSmoothReduce` from the values of a configuration: patches on a grid, of a padded image if need be."""
     placements = {"input": Placement.SHARED_INPUT, "padded": Placement.SHARED_RESIZED, "patch": Placement.PER_PATCH}
-    if reduction not in REDUCTIONS or placement not in placements:
-        raise ValueError(
-            f"reduction must be one of {', '.join(REDUCTIONS)} and placement one of {', '.join(placements)}, got "
-            f"{reduction!r} and {placement!r}"
-        )
+    check_name(reduction, REDUCTIONS, "reduction"), check_name(placement, placements, "placement")
     size = tuple(options["input_shape"][1:])
     geometry = PatchGeometry.grid(size, patch, stride, before=Pad(pad) if pad else None)
     settings: dict[str, Any] = {"reduction": REDUCTIONS[reduction](), "placement": placements[placement]}
@@ -88,10 +79,7 @@ def smooth(
     network: nn.Module, data: Dataset, sigma: float, device: str, seed: int, method: str = "smoothing", **settings: Any
 ) -> PyTorchSmoothedClassifier:
     """Smoothed classifier of a network, for the inputs and classes of a data set."""
-    if method not in METHODS:
-        near = difflib.get_close_matches(method, METHODS, n=1) or list(METHODS)
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}; did you mean {near[0]!r}?")
-    return METHODS[method](
+    return METHODS[check_name(method, METHODS, "method")](
         network,
         nn.CrossEntropyLoss(),
         input_shape=data.x_test.shape[1:],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from art_rs_plugins.benchmark.config import parse_examples
+from art_rs_plugins.benchmark.config import check_name, parse_examples
 from art_rs_plugins.benchmark.data import Dataset
 from art_rs_plugins.estimators.data_dependent import PyTorchDataDependentSmoothing
 from art_rs_plugins.estimators.modes import Commit, Frozen
@@ -104,11 +103,7 @@ def data_dependent(
     ValueError, TypeError
         For an unknown mode, or settings that do not fit.
     """
-    if mode not in (*MODES, "frozen"):
-        near = difflib.get_close_matches(mode, (*MODES, "frozen"), n=1) or ["commit"]
-        known = ", ".join(sorted((*MODES, "frozen")))
-        raise ValueError(f"mode must be one of {known}, got {mode!r}; did you mean {near[0]!r}?")
-    if mode != "frozen":
+    if check_name(mode, (*MODES, "frozen"), "mode") != "frozen":
         made = MODES[mode](options, dataset, float(options["scale"]), folder)
         return PyTorchDataDependentSmoothing(*args, mode=made, **options)
     chosen, n = parse_examples(options.pop("inputs", "::500"), len(dataset.x_train)), options.pop("n", 1000)

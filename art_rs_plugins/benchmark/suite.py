@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from art_rs_plugins.benchmark.config import RULES, RunConfig, TrainConfig
+from art_rs_plugins.benchmark.config import RULES, RunConfig, TrainConfig, check_name
 from art_rs_plugins.benchmark.files import write_atomic
 from art_rs_plugins.benchmark.memory import write_study
 from art_rs_plugins.benchmark.models import read_training
@@ -50,8 +49,7 @@ class Cell:
         if not self.name or not all(letter.isalnum() or letter in "-_." for letter in self.name):
             raise ValueError(f"name of a cell must be letters, digits, '-', '_' and '.', got {self.name!r}")
         for rule in self.rules:
-            if rule not in RULES:
-                raise ValueError(f"rules of cell {self.name} must be among {', '.join(RULES)}, got {rule!r}")
+            check_name(rule, RULES, f"rule of cell {self.name}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +88,7 @@ def text(suite: str) -> str:
         return (_HOME / f"{suite}.toml").read_text()
     path = Path(suite)
     if not path.is_file():
-        near = difflib.get_close_matches(suite, names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"suite must be a TOML file or one of {', '.join(names())}, got {suite!r}{hint}")
+        check_name(suite, names(), "suite must be the path of a TOML file, or")
     return path.read_text()
 
 
@@ -135,9 +131,7 @@ def _settings(family: type[RunConfig] | type[TrainConfig], *parts: Mapping[str, 
 
 def _check_names(values: Mapping[str, Any], known: Sequence[str], what: str) -> None:
     for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1) or [", ".join(known)]
-            raise ValueError(f"{what} has no setting {name!r}; did you mean {near[0]}?")
+        check_name(name, known, f"setting of a {what}")
 
 
 def run(suite: Suite, output: Path, *, verbose: bool = False) -> Done:
