@@ -1,6 +1,7 @@
 """Rules: exact probabilities of a false certificate and of a wrong answer, with controls that must be caught."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scipy.stats import binom, binomtest
 
 from art_rs_plugins.theory.bounds import clopper_pearson_lower
 from art_rs_plugins.theory.radii import gaussian_radius
-from art_rs_plugins.theory.rules import Decision, OneSided, TopTwo, strongest_rival
+from art_rs_plugins.theory.rules import Decision, Marginal, OneSided, Sequential, TopTwo, strongest_rival
 
 
 def two_class_table(n: int) -> np.ndarray:
@@ -190,3 +191,30 @@ def test_tables_are_checked() -> None:
             TopTwo().decide(bad, 10)
     with pytest.raises(ValueError, match="selection votes must be >= 0"):
         OneSided().decide(-good, good, 10)
+
+
+def test_marginal_reads_the_votes_of_one_of_several_classifiers() -> None:
+    rng = np.random.default_rng(5)
+    draws = np.stack([rng.choice(4, 300, p=[0.7, 0.1, 0.15, 0.05]), rng.choice(3, 300, p=[0.1, 0.85, 0.05])])
+    cells = draws[0] * 3 + draws[1]   # outcomes 3 and 2 are the invalid votes
+
+    def joint(rows: np.ndarray, start: int, stop: int) -> np.ndarray:
+        return np.repeat(np.bincount(cells[start:stop], minlength=12)[None], len(rows), axis=0)
+
+    def alone(part: int):
+        return lambda rows, start, stop: np.repeat(
+            np.bincount(draws[part][start:stop], minlength=4)[None, : (3, 2)[part]], len(rows), axis=0
+        )
+
+    first = np.zeros(1, dtype=np.int64)
+    for part, rule in itertools.product((0, 1), (OneSided(0.01), Sequential((0.0, 0.25), 0.01))):
+        marginal = Marginal(rule, (4, 3), part)
+        mine = marginal.run(joint(first, 0, 50), 50, joint, 300, np.array([0.5]))
+        theirs = rule.run(alone(part)(first, 0, 50), 50, alone(part), 300, np.array([0.5]))
+        for name in ("prediction", "abstained", "failure", "count", "runner_up_count", "n"):
+            assert np.array_equal(getattr(mine, name), getattr(theirs, name)), name
+        assert not mine.abstained[0]
+    level = replace(Marginal(OneSided(0.01), (4, 3), 1), alpha=1e-6)
+    assert level.rule == OneSided(1e-6)
+    with pytest.raises(ValueError, match="part must be in"):
+        Marginal(OneSided(0.01), (4, 3), 2)

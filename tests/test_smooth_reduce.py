@@ -19,6 +19,7 @@ from art_rs_plugins.smoothing.modules import Normalize, PatchReduce
 from art_rs_plugins.smoothing.performance import Performance
 from art_rs_plugins.smoothing.video import Max, Mean, Vote
 from art_rs_plugins.theory.patches import PatchCertificates, PatchGeometry, Placement, Resize
+from art_rs_plugins.theory.rules import OneSided, Sequential
 
 CORNERS = PatchGeometry.corners((8, 8), 6)
 
@@ -251,6 +252,36 @@ def test_passes_count_every_patch_and_the_block_bounds_them(network: nn.Module) 
     assert classifier.model.base.block == 100
     assert np.array_equal(classifier.certificates(X[:3], n=1_000, seed=0).count, found.count)
     assert reduce(network, PyTorchPatchVote).certificates(X[:3], n=1_000, seed=0).passes.tolist() == [5 * 1_100] * 3
+
+
+def test_reductions_share_their_draws_and_keep_their_bits(network: nn.Module) -> None:
+    network = copy.deepcopy(network)
+    reductions, rules = (Mean(), Max(), Vote()), (OneSided(0.001), Sequential((0.0, 0.1), 0.001))
+    shared = reduce(network, consensus=2)
+    draws = {"n": 1000, "n0": 50, "seed": 3, "indices": [4, 9, 2]}
+    found = iter(shared.compare(X[:3], rules, reductions=reductions, **draws))
+    for reduction in reductions:
+        alone = reduce(network, reduction=reduction, consensus=2)
+        for rule in rules:
+            mine = next(found)
+            theirs = alone.certificates(X[:3], rule=rule, **draws)
+            for name in ("prediction", "radius", "count", "runner_up_count", "n", "passes", "lift_norm"):
+                assert np.array_equal(getattr(mine, name), getattr(theirs, name)), name
+    assert len({tuple(c.count) for c in shared.compare(X[:3], rules[:1], reductions=reductions, **draws)}) > 1
+    with torch.no_grad():
+        network[-1].bias += torch.arange(len(network[-1].bias)) % 2 * 5.0   # the joint estimator is asked anew
+    again = shared.compare(X[:3], rules[:1], reductions=(Max(),), **draws)[0]
+    theirs = reduce(network, reduction=Max(), consensus=2).certificates(X[:3], rule=rules[0], **draws)
+    assert np.array_equal(again.count, theirs.count)
+
+
+def test_reductions_that_cannot_be_compared_are_refused(network: nn.Module) -> None:
+    with pytest.raises(ValueError, match="joint outcomes"):
+        reduce(network).compare(X[:1], [OneSided()], reductions=(Mean(),) * 6, n=100)
+    with pytest.raises(ValueError, match="no reductions to compare"):
+        reduce(network, PyTorchPatchVote).compare(X[:1], [OneSided()], reductions=(Mean(),), n=100)
+    with pytest.raises(ValueError, match="at least one reduction"):
+        reduce(network).compare(X[:1], [OneSided()], reductions=(), n=100)
 
 
 def test_placements_behind_the_input_are_not_trained_here() -> None:

@@ -7,19 +7,23 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
 from art_rs_plugins.smoothing.certify import Predictions, certify_all, predict
 from art_rs_plugins.smoothing.modules import PatchReduce
 from art_rs_plugins.smoothing.performance import Performance
-from art_rs_plugins.smoothing.video import Reduction, Vote
+from art_rs_plugins.smoothing.video import Joint, Reduction, Vote
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.patches import CertifiedVote, PatchCertificates, PatchGeometry, Placement
-from art_rs_plugins.theory.rules import Rule
+from art_rs_plugins.theory.rules import Marginal, Rule
 
 __all__ = ["PyTorchPatchVote", "PyTorchSmoothReduce"]
+
+
+CELLS = 1_000_000
+"""Joint outcomes of several reductions that are counted, at most."""
 
 
 class PyTorchSmoothReduce(PyTorchSmoothedClassifier):
@@ -90,6 +94,7 @@ class PyTorchSmoothReduce(PyTorchSmoothedClassifier):
             raise TypeError(f"geometry must be a PatchGeometry, such as PatchGeometry.corners(...), got {geometry!r}")
         self.geometry, self.reduction, self.placement = geometry, reduction, placement
         self.consensus, self.early_exit = consensus, early_exit
+        self._compared: tuple[Any, PyTorchSmoothReduce] | None = None
         super().__init__(*args, **kwargs)
 
     def _network(self, network: nn.Module) -> nn.Module:
@@ -146,6 +151,56 @@ class PyTorchSmoothReduce(PyTorchSmoothedClassifier):
                 "patch as a PyTorchSmoothedClassifier of inputs of that shape"
             )
         super()._train(*args, **kwargs)
+
+    def compare(
+        self,
+        x: ArrayLike | Tensor,
+        rules: Sequence[Rule],
+        *,
+        reductions: Sequence[Reduction] | None = None,
+        **settings: Any,
+    ) -> list[Certificates]:
+        """Certify b inputs under several rules, and for several reductions, that share their draws and passes.
+
+        Parameters
+        ----------
+        x, rules, **settings
+            As in the parent class.
+        reductions : sequence of Reduction, optional
+            What is compared; by default the estimator's own alone.
+
+        Returns
+        -------
+        list of Certificates
+            For the first reduction under each rule, then for the second, and so on: the same as an estimator with that
+            reduction gives.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As the parent class, and for so many classes and reductions that their votes cannot be counted jointly.
+        """
+        if reductions is None:
+            return super().compare(x, rules, **settings)
+        if "reduction" not in self.estimator_params:
+            raise ValueError(f"{type(self).__name__} has no reductions to compare; take PyTorchSmoothReduce")
+        joint, sizes = self._joint(tuple(reductions)), (self.nb_classes + 1,) * len(reductions)
+        marginals = [Marginal(rule, sizes, part) for part in range(len(sizes)) for rule in rules]
+        return joint.compare(x, marginals, **{"n0": self.sample_size, **settings})
+
+    def _joint(self, reductions: tuple[Reduction, ...]) -> PyTorchSmoothReduce:
+        """Estimator of the joint votes of several reductions, kept while nothing that it depends on changes."""
+        cells = (self.nb_classes + 1) ** len(reductions)
+        if cells > CELLS:
+            raise ValueError(
+                f"{len(reductions)} reductions of {self.nb_classes} classes make {cells} joint outcomes, and at most "
+                f"{CELLS} are counted; compare fewer at a time"
+            )
+        key = (reductions, self.scale, self.noise, self.performance, id(self.model.base.f.transform))
+        if self._compared is None or self._compared[0] != key:
+            settings = {"reduction": Joint(reductions), "early_exit": False, "nb_classes": cells}
+            self._compared = key, PyTorchSmoothReduce.from_classifier(self, **settings)
+        return self._compared[1]
 
     def _certify(
         self, f: nn.Module, x: Tensor, *, n: int, n0: int, rules: Sequence[Rule], seed: int, indices: NDArray[np.int64]

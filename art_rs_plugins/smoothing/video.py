@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from art_rs_plugins.smoothing.noise import Key, Noise, is_channels_last
+from art_rs_plugins.smoothing.sampling import strict_votes
 from art_rs_plugins.theory.certificates import Kind
 from art_rs_plugins.theory.patches import Pad, PatchGeometry, Repeat, Resize
 
-__all__ = ["Lifted", "Max", "Mean", "Reduction", "SubVideos", "Vote", "apply_before"]
+__all__ = ["Joint", "Lifted", "Max", "Mean", "Reduction", "SubVideos", "Vote", "apply_before"]
 
 
 class Reduction(Protocol):
@@ -110,6 +111,45 @@ class Vote:
     def decided(self, outputs: Tensor, left: int) -> Tensor:
         """Rows whose lead in votes exceeds `left`."""
         return _lead(self._votes(outputs)) > left
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """The votes of several reductions at once, so that they are compared on the same passes.
+
+    Parameters
+    ----------
+    parts : tuple of Reduction
+        What is compared.
+
+    Raises
+    ------
+    ValueError
+        For no reduction.
+
+    Notes
+    -----
+    Scores (rows, (k + 1)^r) are one-hot in the cell of all r votes, an invalid vote being outcome k; what `Marginal`
+    reads is the very vote table of one part.
+    """
+
+    parts: tuple[Reduction, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("parts must hold at least one reduction")
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        """Scores; see `Reduction`."""
+        k = outputs.shape[-1]
+        cell = torch.zeros(outputs.shape[1], dtype=torch.int64, device=outputs.device)
+        for part in self.parts:
+            winner, valid = strict_votes(part(outputs))
+            cell = cell * (k + 1) + torch.where(valid, winner, k)
+        return functional.one_hot(cell, (k + 1) ** len(self.parts)).float()
+
+    def decided(self, outputs: Tensor, left: int) -> None:
+        """Return None: a later patch may change some part."""
 
 
 @dataclass(frozen=True, slots=True)

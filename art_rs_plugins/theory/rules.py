@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from math import isnan, nan
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from scipy.special import ndtr
 from art_rs_plugins.theory.bounds import check_alpha, clopper_pearson_lower, clopper_pearson_upper, top_two_p_value
 from art_rs_plugins.theory.sequences import GatekeptTable, Progress, plan_draws, schedule
 
-__all__ = ["Decision", "OneSided", "Planned", "Rule", "Sample", "Sequential", "TopTwo", "Verdict", "Votes"]
+__all__ = ["Decision", "Marginal", "OneSided", "Planned", "Rule", "Sample", "Sequential", "TopTwo", "Verdict", "Votes"]
 
 Votes = NDArray[np.int64]
 
@@ -346,6 +347,62 @@ class Verdict:
 
     prediction: NDArray[np.int64]
     abstained: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Marginal:
+    """One of several votes that every draw casts at once, decided by a rule of its own.
+
+    Votes of r classifiers on the same draws are counted as cells of an r-dimensional table, whose sum over all axes but
+    one is the very vote table of that classifier.
+
+    Parameters
+    ----------
+    rule : Rule
+        Decides on the votes of one classifier.
+    sizes : tuple of int, length r
+        Outcomes of each classifier: its classes, and last the invalid vote. Cells count in C order.
+    part : int
+        Which of them.
+    alpha : float, optional
+        Failure probability; the rule's by default.
+
+    Raises
+    ------
+    ValueError
+        If there is no such part.
+
+    Notes
+    -----
+    *Guarantee.* That of `rule` for the classifier on its own. For the best of several at one input the failure
+    probabilities add.
+    """
+
+    rule: Any
+    sizes: tuple[int, ...]
+    part: int
+    alpha: float = nan
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.part < len(self.sizes):
+            raise ValueError(f"part must be in [0, {len(self.sizes)}), got {self.part}")
+        if isnan(self.alpha):
+            object.__setattr__(self, "alpha", self.rule.alpha)
+        elif self.alpha != self.rule.alpha:
+            object.__setattr__(self, "rule", replace(self.rule, alpha=self.alpha))
+
+    def of(self, votes: Votes) -> Votes:
+        """Votes (b, classes) of this classifier, from those (b, cells) of all."""
+        table = votes.reshape(len(votes), *self.sizes)
+        others = tuple(axis + 1 for axis in range(len(self.sizes)) if axis != self.part)
+        return np.asarray(table.sum(axis=others)[:, :-1], dtype=np.int64)
+
+    def run(self, selection: Votes, n0: int, sample: Sample, n: int, sigma: NDArray[np.float64]) -> Decision:
+        """Decide for b inputs; see `Rule`."""
+        decision: Decision = self.rule.run(
+            self.of(selection), n0, lambda rows, start, stop: self.of(sample(rows, start, stop)), n, sigma
+        )
+        return decision
 
 
 @dataclass(frozen=True, slots=True)
