@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from art_rs_plugins.benchmark import suite as suites
+from art_rs_plugins.benchmark.attacked import attack
 from art_rs_plugins.benchmark.config import RunConfig, TrainConfig, parse_options
 from art_rs_plugins.benchmark.methods import open_estimator
 from art_rs_plugins.benchmark.records import read_record, to_certificates
@@ -156,7 +158,7 @@ def test_unknown_names_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rule and tolerance"):
         RunConfig(rule="one-sided", tolerance=0.1)
     two = [RunConfig(rule="one-sided"), RunConfig(rule="two-sided", n=5)]
-    with pytest.raises(ValueError, match="may differ in their rule alone"):
+    with pytest.raises(ValueError, match="may differ in their rule and reduction alone"):
         certify_rules(two, [tmp_path / "a.tsv", tmp_path / "b.tsv"])
     with pytest.raises(ValueError, match="2 different files"):
         certify_rules(two, [tmp_path / "a.tsv", tmp_path / "a.tsv"])
@@ -202,3 +204,42 @@ def test_the_command_line_trains_with_adre_and_certifies_two_sidedly(monkeypatch
     manifest = json.loads((tmp_path / "r.manifest.json").read_text())
     assert (manifest["config"]["rule"], manifest["config"]["method"]) == ("two-sided", "adre")
     assert manifest["training"]["eps"] == "0.1"
+
+
+def test_reductions_share_their_passes_and_keep_their_bits(tmp_path: Path) -> None:
+    text = """
+        [run]
+        model = "cnn"
+        weights = "WEIGHTS"
+        examples = ":6"
+        n = 300
+        n0 = 30
+        radii = [0.0, 0.25]
+        method = "smooth-reduce"
+
+        [[cell]]
+        name = "nine"
+        reductions = ["mean", "vote"]
+        rules = ["one-sided", "two-sided"]
+        run = { options = { patch = 8, stride = 1, pad = 1 } }
+    """
+    train(TrainConfig(epochs=1), tmp_path / "net.safetensors")
+    config = tmp_path / "suite.toml"
+    config.write_text(text.replace("WEIGHTS", str(tmp_path / "net.safetensors")))
+    suite = suites.read(str(config))
+    done = suites.run(suite, tmp_path / "out")
+    names = ["nine.mean.one-sided", "nine.mean.two-sided", "nine.vote.one-sided", "nine.vote.two-sided"]
+    assert [record.path.stem for record in done.records] == names
+    assert not done.failed
+    for record, reduction in zip(done.records[::2], ("mean", "vote"), strict=True):
+        options = {**suite.cells[0].run.options, "reduction": reduction}
+        alone = certify(replace(suite.cells[0].run, options=options), tmp_path / f"{reduction}.tsv")
+        for column in ("predict", "radius"):
+            assert np.array_equal(getattr(record, column), getattr(alone, column)), column
+        assert np.array_equal(record.columns["p_lower"], alone.columns["p_lower"])
+    table = attack(done.records[2].path, ["fgm"], [0.5])   # a record of the second reduction can be rebuilt
+    assert table["all"].total == 6
+    again = suites.run(suite, tmp_path / "out")
+    assert [record.path.read_bytes() for record in again.records] == [r.path.read_bytes() for r in done.records]
+    with pytest.raises(ValueError, match="name rules as well"):
+        suites.Cell("a", suite.cells[0].run, reductions=("mean",))

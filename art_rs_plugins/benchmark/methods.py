@@ -23,7 +23,7 @@ from art_rs_plugins.smoothing.video import Max, Mean, Vote
 from art_rs_plugins.theory.patches import Pad, PatchGeometry, Placement
 from art_rs_plugins.theory.scales import Cascade, Envelope
 
-__all__ = ["CERTIFICATES", "METHODS", "open_estimator", "smooth"]
+__all__ = ["CERTIFICATES", "METHODS", "REDUCTIONS", "open_estimator", "smooth"]
 
 CERTIFICATES: dict[str, type[Envelope] | type[Cascade] | type[MultiStartSearch]] = {
     "envelope": Envelope,

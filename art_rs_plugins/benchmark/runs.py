@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 from art_rs_plugins.benchmark.config import RunConfig, parse_examples
 from art_rs_plugins.benchmark.data import Dataset
 from art_rs_plugins.benchmark.files import check_folder, digest
-from art_rs_plugins.benchmark.methods import open_estimator
+from art_rs_plugins.benchmark.methods import REDUCTIONS, open_estimator
 from art_rs_plugins.benchmark.models import network_outputs, read_training, same_outputs
 from art_rs_plugins.benchmark.records import Record, read_manifest, read_record
 from art_rs_plugins.benchmark.writer import RecordWriter
@@ -65,12 +66,13 @@ def certify(config: RunConfig, output: Path, *, verbose: bool = False) -> Record
 
 
 def certify_rules(configs: Sequence[RunConfig], outputs: Sequence[Path], *, verbose: bool = False) -> list[Record]:
-    """Certify under several rules that share their draws, each with a record of its own; see `certify`.
+    """Certify under several rules, or reductions, that share their draws, each with a record of its own; see `certify`.
 
     Parameters
     ----------
     configs : sequence of RunConfig
-        The same but for ``rule``, which each of several must name.
+        The same but for ``rule``, which each of several must name, and the option ``reduction``: each rule for the
+        first reduction, then for the next.
     outputs : sequence of Path
         One record for each.
     verbose : bool
@@ -82,9 +84,15 @@ def certify_rules(configs: Sequence[RunConfig], outputs: Sequence[Path], *, verb
     """
     config = configs[0]
     if len({output.resolve() for output in outputs}) != len(configs):
-        raise ValueError(f"outputs must be {len(configs)} different files, one for each rule, got {len(outputs)}")
-    if any(replace(other, rule=config.rule) != config for other in configs):
-        raise ValueError("configs may differ in their rule alone: rules that share draws share all else")
+        raise ValueError(f"outputs must be {len(configs)} different files, one for each config, got {len(outputs)}")
+    asked = [(each.options.get("reduction"), each.rule) for each in configs]
+    reductions, rules = (list(dict.fromkeys(names)) for names in zip(*asked, strict=True))
+    if any(replace(each, rule=config.rule, options=_rest(each)) != replace(config, options=_rest(config))
+           for each in configs) or asked != list(product(reductions, rules)):
+        raise ValueError(
+            "configs may differ in their rule and reduction alone, each rule for each reduction in order: what shares "
+            "draws shares all else"
+        )
     for output in outputs:
         check_folder(output)
     known = read_manifest(outputs[0])
@@ -98,10 +106,11 @@ def certify_rules(configs: Sequence[RunConfig], outputs: Sequence[Path], *, verb
         estimator.set_params(performance=config.performance(block))
     with ExitStack() as stack:
         stack.callback(estimator.close)
-        writers = [
-            stack.enter_context(_writer(each, output, data, indices, estimator))
-            for each, output in zip(configs, outputs, strict=True)
-        ]
+        writers = []
+        for each, output in zip(configs, outputs, strict=True):
+            same = each.options == config.options
+            own = estimator if same else open_estimator(each, estimator.performance.block, output.parent)[1]
+            writers.append(stack.enter_context(_writer(each, output, data, indices, own)))
         _record(configs, writers, data, indices, estimator, verbose)
     return [read_record(output) for output in outputs]
 
@@ -159,12 +168,20 @@ def _certificates(
 ) -> list[Certificates]:
     config, rules = configs[0], [config.decide() for config in configs]
     settings: dict[str, Any] = {"n": config.n, "n0": config.n0, "indices": rows, "seed": config.seed}
+    reductions = dict.fromkeys(str(each.options.get("reduction")) for each in configs)
+    if len(reductions) > 1:
+        settings["reductions"] = [REDUCTIONS[name]() for name in reductions]
+        rules = rules[: len(rules) // len(reductions)]
     named = [rule for rule in rules if rule is not None]
     if len(named) == len(rules):
         return estimator.compare(x, named, **settings)
-    if len(rules) > 1:
+    if len(configs) > 1:
         raise ValueError("rule must be named in each of several configs")
     return [estimator.certificates(x, radii=config.radii, tolerance=config.tolerance, **settings)]
+
+
+def _rest(config: RunConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.options.items() if name != "reduction"}
 
 
 def facts(

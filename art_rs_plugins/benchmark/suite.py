@@ -13,6 +13,7 @@ from typing import Any
 from art_rs_plugins.benchmark.config import RULES, RunConfig, TrainConfig, check_name
 from art_rs_plugins.benchmark.files import write_atomic
 from art_rs_plugins.benchmark.memory import write_study
+from art_rs_plugins.benchmark.methods import REDUCTIONS
 from art_rs_plugins.benchmark.models import read_training
 from art_rs_plugins.benchmark.records import Record
 from art_rs_plugins.benchmark.report import write_leaderboard, write_report
@@ -38,18 +39,25 @@ class Cell:
         Rules by name; none for the method's own.
     training : TrainConfig or None
         How it is trained first.
+    reductions : tuple of str
+        Reductions of patches by name, which share their passes; with rules.
     """
 
     name: str
     run: RunConfig
     rules: tuple[str, ...] = ()
     training: TrainConfig | None = None
+    reductions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name or not all(letter.isalnum() or letter in "-_." for letter in self.name):
             raise ValueError(f"name of a cell must be letters, digits, '-', '_' and '.', got {self.name!r}")
         for rule in self.rules:
             check_name(rule, RULES, f"rule of cell {self.name}")
+        for reduction in self.reductions:
+            check_name(reduction, REDUCTIONS, f"reduction of cell {self.name}")
+        if self.reductions and not self.rules:
+            raise ValueError(f"reductions of cell {self.name} share their passes under named rules; name rules as well")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +119,14 @@ def read(suite: str) -> Suite:
     _check_names(values, ("run", "train", "cell"), "suite")
     cells = []
     for cell in values.get("cell", ()):
-        _check_names(cell, ("name", "rules", "run", "train"), "cell")
+        _check_names(cell, ("name", "rules", "reductions", "run", "train"), "cell")
         own = _settings(RunConfig, values.get("run", {}), cell.get("run", {}))
         training = None
         if "train" in cell:
             shared = {name: own[name] for name in own if name in ("data", "model", "sigma", "seed", "device")}
             training = TrainConfig(**_settings(TrainConfig, shared, values.get("train", {}), cell["train"]))
-        cells.append(Cell(cell.get("name", ""), RunConfig(**own), tuple(cell.get("rules", ())), training))
+        named = {name: tuple(cell.get(name, ())) for name in ("rules", "reductions")}
+        cells.append(Cell(cell.get("name", ""), RunConfig(**own), training=training, **named))
     return Suite(tuple(cells))
 
 
@@ -181,8 +190,14 @@ def _run_cell(cell: Cell, output: Path, verbose: bool) -> list[Record]:
         elif read_training(weights) != header(cell.training):
             raise ValueError(f"{weights} was trained otherwise than this suite trains; choose another output folder")
         config = replace(config, weights=str(weights))
-    configs = [replace(config, rule=rule) for rule in cell.rules] or [config]
-    outputs = [output / f"{cell.name}.{rule}.tsv" for rule in cell.rules] or [output / f"{cell.name}.tsv"]
+    reduced = {
+        f"{cell.name}.{name}": replace(config, options={**config.options, "reduction": name})
+        for name in cell.reductions
+    } or {cell.name: config}
+    named = {
+        f"{name}.{rule}": replace(each, rule=rule) for name, each in reduced.items() for rule in cell.rules
+    } or reduced
+    configs, outputs = list(named.values()), [output / f"{name}.tsv" for name in named]
     records = certify_rules(configs, outputs, verbose=verbose)
     study = output / f"{cell.name}.attacker-first.md"
     if config.method == "data-dependent" and config.options.get("mode", "commit") == "commit" and not study.exists():
