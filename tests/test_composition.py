@@ -20,7 +20,6 @@ from art_rs_plugins.theory.composition import (
     Fallback,
     Histogram,
     Leading,
-    Marginal,
     Minimum,
     Split,
     Threshold,
@@ -34,7 +33,7 @@ from art_rs_plugins.theory.composition import (
 )
 from art_rs_plugins.theory.metrics import average_certified_radius, certified_accuracy, certified_correct
 from art_rs_plugins.theory.radii import gaussian_radius
-from art_rs_plugins.theory.rules import OneSided, Verdict
+from art_rs_plugins.theory.rules import Marginal, OneSided, Verdict
 
 ONE = np.array([1.0])
 

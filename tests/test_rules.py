@@ -1,7 +1,7 @@
 """Rules: exact probabilities of a false certificate and of a wrong answer, with controls that must be caught."""
 
 import itertools
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from scipy.stats import binom, binomtest
 
 from art_rs_plugins.theory.bounds import clopper_pearson_lower
 from art_rs_plugins.theory.radii import gaussian_radius
-from art_rs_plugins.theory.rules import Decision, Marginal, OneSided, Sequential, TopTwo, strongest_rival
+from art_rs_plugins.theory.rules import Decision, Marginal, OneSided, Sequential, TopTwo, by_part, strongest_rival
 
 
 def two_class_table(n: int) -> np.ndarray:
@@ -208,13 +208,10 @@ def test_marginal_reads_the_votes_of_one_of_several_classifiers() -> None:
 
     first = np.zeros(1, dtype=np.int64)
     for part, rule in itertools.product((0, 1), (OneSided(0.01), Sequential((0.0, 0.25), 0.01))):
-        marginal = Marginal(rule, (4, 3), part)
+        marginal = Marginal(rule.alpha, rule, partial(by_part, sizes=(4, 3), part=part))
         mine = marginal.run(joint(first, 0, 50), 50, joint, 300, np.array([0.5]))
         theirs = rule.run(alone(part)(first, 0, 50), 50, alone(part), 300, np.array([0.5]))
         for name in ("prediction", "abstained", "failure", "count", "runner_up_count", "n"):
             assert np.array_equal(getattr(mine, name), getattr(theirs, name)), name
         assert not mine.abstained[0]
-    level = replace(Marginal(OneSided(0.01), (4, 3), 1), alpha=1e-6)
-    assert level.rule == OneSided(1e-6)
-    with pytest.raises(ValueError, match="part must be in"):
-        Marginal(OneSided(0.01), (4, 3), 2)
+    assert Marginal(1e-6, OneSided(0.01), partial(by_part, sizes=(4, 3), part=1)).rule == OneSided(1e-6)

@@ -29,8 +29,8 @@ from art_rs_plugins.smoothing.selectors import (
     log_probabilities,
     mixed,
 )
-from art_rs_plugins.theory.composition import CERTIFY, CORE, Leading, Marginal, Threshold, by_answer, by_class, by_score
-from art_rs_plugins.theory.rules import OneSided, Sequential
+from art_rs_plugins.theory.composition import CERTIFY, CORE, Leading, Threshold, by_answer, by_class, by_score
+from art_rs_plugins.theory.rules import Marginal, OneSided, Sequential
 
 SIGMA = 0.5
 

@@ -38,7 +38,6 @@ from art_rs_plugins.theory.composition import (
     Claim,
     Histogram,
     Leading,
-    Marginal,
     Threshold,
     by_answer,
     by_class,
@@ -46,7 +45,7 @@ from art_rs_plugins.theory.composition import (
 )
 from art_rs_plugins.theory.metrics import check_labels
 from art_rs_plugins.theory.patches import Placement
-from art_rs_plugins.theory.rules import Rule, TopTwo, Verdict, Votes
+from art_rs_plugins.theory.rules import Marginal, Rule, TopTwo, Verdict, Votes
 
 __all__ = ["Branch", "CoreModel", "certifiable", "check_fit", "cross_fitted", "fit_selector"]
 

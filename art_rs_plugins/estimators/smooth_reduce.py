@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from art_rs_plugins.smoothing.performance import Performance
 from art_rs_plugins.smoothing.video import Joint, Reduction, Vote
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.patches import CertifiedVote, PatchCertificates, PatchGeometry, Placement
-from art_rs_plugins.theory.rules import Marginal, Rule
+from art_rs_plugins.theory.rules import Marginal, Rule, by_part
 
 __all__ = ["PyTorchPatchVote", "PyTorchSmoothReduce"]
 
@@ -185,7 +186,8 @@ class PyTorchSmoothReduce(PyTorchSmoothedClassifier):
         if "reduction" not in self.estimator_params:
             raise ValueError(f"{type(self).__name__} has no reductions to compare; take PyTorchSmoothReduce")
         joint, sizes = self._joint(tuple(reductions)), (self.nb_classes + 1,) * len(reductions)
-        marginals = [Marginal(rule, sizes, part) for part in range(len(sizes)) for rule in rules]
+        views = [partial(by_part, sizes=sizes, part=part) for part in range(len(sizes))]
+        marginals = [Marginal(rule.alpha, rule, view) for view in views for rule in rules]
         return joint.compare(x, marginals, **{"n0": self.sample_size, **settings})
 
     def _joint(self, reductions: tuple[Reduction, ...]) -> PyTorchSmoothReduce:

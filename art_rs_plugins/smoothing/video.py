@@ -129,8 +129,8 @@ class Joint:
 
     Notes
     -----
-    Scores (rows, (k + 1)^r) are one-hot in the cell of all r votes, an invalid vote being outcome k; what `Marginal`
-    reads is the very vote table of one part.
+    Scores (rows, (k + 1)^r) are one-hot in the cell of all r votes, an invalid vote being outcome k; `by_part`
+    gives the very vote table of one part.
     """
 
     parts: tuple[Reduction, ...]

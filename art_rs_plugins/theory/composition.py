@@ -7,8 +7,7 @@ itself a composition makes a chain.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, Protocol
 
@@ -18,7 +17,7 @@ from scipy.special import ndtri
 
 from art_rs_plugins.theory.bounds import check_alpha, clopper_pearson_lower, clopper_pearson_upper
 from art_rs_plugins.theory.certificates import Certificates, Kind
-from art_rs_plugins.theory.rules import Decision, Rule, Sample, Verdict, Votes, check_votes
+from art_rs_plugins.theory.rules import Decision, Sample, Verdict, Votes, check_votes
 
 __all__ = [
     "CERTIFY",
@@ -28,7 +27,6 @@ __all__ = [
     "Fallback",
     "Histogram",
     "Leading",
-    "Marginal",
     "Minimum",
     "Split",
     "Threshold",
@@ -230,36 +228,6 @@ class Leading:
         leading = table.max(axis=1)
         alpha = self.alpha / table.shape[1]   # any of k classes may lead by luck
         return _sides(leading, leading + (n - table.sum(axis=1)), n, self.tau, alpha)
-
-
-@dataclass(frozen=True, slots=True)
-class Marginal:
-    """A rule for a part of what one pass of the network votes on, such as the class beside the selector's bit.
-
-    Parameters
-    ----------
-    alpha : float
-        Failure probability; the rule's own gives way to it.
-    rule : Rule
-        A frozen dataclass with a field ``alpha``.
-    project : callable
-        From joint votes (b, cells) to the votes (b, k) that the rule is about, by adding cells up.
-    """
-
-    alpha: float
-    rule: Rule
-    project: Callable[[Votes], Votes]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rule", replace(self.rule, alpha=self.alpha))   # type: ignore[type-var]
-
-    def run(self, selection: Votes, n0: int, sample: Sample, n: int, sigma: NDArray[np.float64]) -> Decision:
-        """Decide as the rule does, on the projected votes; see `theory.rules.Rule`."""
-
-        def projected(rows: NDArray[np.int64], start: int, stop: int) -> Votes:
-            return self.project(sample(rows, start, stop))
-
-        return self.rule.run(self.project(selection), n0, projected, n, sigma)
 
 
 def by_class(joint: NDArray[np.int64], bins: int) -> Votes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from math import isnan, nan
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +18,19 @@ from scipy.special import ndtr
 from art_rs_plugins.theory.bounds import check_alpha, clopper_pearson_lower, clopper_pearson_upper, top_two_p_value
 from art_rs_plugins.theory.sequences import GatekeptTable, Progress, plan_draws, schedule
 
-__all__ = ["Decision", "Marginal", "OneSided", "Planned", "Rule", "Sample", "Sequential", "TopTwo", "Verdict", "Votes"]
+__all__ = [
+    "Decision",
+    "Marginal",
+    "OneSided",
+    "Planned",
+    "Rule",
+    "Sample",
+    "Sequential",
+    "TopTwo",
+    "Verdict",
+    "Votes",
+    "by_part",
+]
 
 Votes = NDArray[np.int64]
 
@@ -351,58 +362,46 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Marginal:
-    """One of several votes that every draw casts at once, decided by a rule of its own.
-
-    Votes of r classifiers on the same draws are counted as cells of an r-dimensional table, whose sum over all axes but
-    one is the very vote table of that classifier.
+    """A rule for a part of what one pass votes on, such as the class beside a selector's bit, or one of many answers.
 
     Parameters
     ----------
+    alpha : float
+        Failure probability; the rule's own gives way to it.
     rule : Rule
-        Decides on the votes of one classifier.
-    sizes : tuple of int, length r
-        Outcomes of each classifier: its classes, and last the invalid vote. Cells count in C order.
-    part : int
-        Which of them.
-    alpha : float, optional
-        Failure probability; the rule's by default.
-
-    Raises
-    ------
-    ValueError
-        If there is no such part.
+        A frozen dataclass with a field ``alpha``.
+    project : callable
+        From joint votes (b, cells) to the votes (b, k) that the rule is about, by adding cells up.
 
     Notes
     -----
-    *Guarantee.* That of `rule` for the classifier on its own. For the best of several at one input the failure
-    probabilities add.
+    *Guarantee.* That of `rule` for what is read. For the best of several at one input the failure probabilities add.
     """
 
-    rule: Any
-    sizes: tuple[int, ...]
-    part: int
-    alpha: float = nan
+    alpha: float
+    rule: Rule
+    project: Callable[[Votes], Votes]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.part < len(self.sizes):
-            raise ValueError(f"part must be in [0, {len(self.sizes)}), got {self.part}")
-        if isnan(self.alpha):
-            object.__setattr__(self, "alpha", self.rule.alpha)
-        elif self.alpha != self.rule.alpha:
-            object.__setattr__(self, "rule", replace(self.rule, alpha=self.alpha))
-
-    def of(self, votes: Votes) -> Votes:
-        """Votes (b, classes) of this classifier, from those (b, cells) of all."""
-        table = votes.reshape(len(votes), *self.sizes)
-        others = tuple(axis + 1 for axis in range(len(self.sizes)) if axis != self.part)
-        return np.asarray(table.sum(axis=others)[:, :-1], dtype=np.int64)
+        object.__setattr__(self, "rule", replace(self.rule, alpha=self.alpha))   # type: ignore[type-var]
 
     def run(self, selection: Votes, n0: int, sample: Sample, n: int, sigma: NDArray[np.float64]) -> Decision:
-        """Decide for b inputs; see `Rule`."""
-        decision: Decision = self.rule.run(
-            self.of(selection), n0, lambda rows, start, stop: self.of(sample(rows, start, stop)), n, sigma
-        )
-        return decision
+        """Decide as the rule does, on the projected votes; see `Rule`."""
+
+        def projected(rows: NDArray[np.int64], start: int, stop: int) -> Votes:
+            return self.project(sample(rows, start, stop))
+
+        return self.rule.run(self.project(selection), n0, projected, n, sigma)
+
+
+def by_part(joint: Votes, sizes: tuple[int, ...], part: int) -> Votes:
+    """Votes (b, k) for the answers of one of several classifiers, from joint votes (b, cells) in C order.
+
+    `sizes` are the outcomes of each classifier, the last of which is its invalid vote, which votes for no class.
+    """
+    table = joint.reshape(len(joint), *sizes)
+    others = tuple(axis + 1 for axis in range(len(sizes)) if axis != part)
+    return np.asarray(table.sum(axis=others)[:, :-1], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
