@@ -225,6 +225,11 @@ class PyTorchACES(RandomizedSmoothingMixin, PyTorchClassifier):
             "or construct another PyTorchACES, which trains nothing"
         )
 
+    def close(self) -> None:
+        """Let go of what the parts hold open."""
+        for branch in self.branches:
+            branch.smoothed.close()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.get_params())
 

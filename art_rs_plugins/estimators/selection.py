@@ -47,7 +47,7 @@ from art_rs_plugins.theory.metrics import check_labels
 from art_rs_plugins.theory.patches import Placement
 from art_rs_plugins.theory.rules import Marginal, Rule, TopTwo, Verdict, Votes
 
-__all__ = ["Branch", "CoreModel", "certifiable", "check_fit", "cross_fitted", "fit_selector"]
+__all__ = ["Branch", "CoreModel", "as_core", "certifiable", "check_fit", "cross_fitted", "fit_selector"]
 
 Array = NDArray[Any]
 
@@ -334,6 +334,19 @@ class CoreModel:
             raise ValueError("core's answer for one input changes with the other inputs of its batch; freeze it first")
         with evaluating(core.model), torch.no_grad():
             return random, looks_like_probabilities(self.soft(x.to(core.device)))
+
+
+def as_core(network: nn.Module, smoothed: PyTorchSmoothedClassifier) -> PyTorchClassifier:
+    """ART classifier of a network of the raw inputs of `smoothed`, on its device, to be the core beside it."""
+    return PyTorchClassifier(
+        network.eval(),
+        smoothed.loss,
+        input_shape=smoothed.input_shape,
+        nb_classes=smoothed.nb_classes,
+        channels_first=smoothed.channels_first,
+        clip_values=smoothed.clip_values,
+        device_type=smoothed.device_type,
+    )
 
 
 def check_fit(part: PyTorchClassifier, smoothed: PyTorchSmoothedClassifier) -> None:

@@ -320,6 +320,11 @@ class ComposedModule(nn.Module):
         """Itself: without its noise it would be another classifier."""
         return self
 
+    @property
+    def base(self) -> ComposedModule:
+        """Itself, as its `f`."""
+        return self
+
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log odds (b,) of the first selector, log probabilities (b, k) of its smoothed classifier and of the rest."""
         x = x.to(torch.float32)

@@ -7,7 +7,8 @@ itself a composition makes a chain.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any, Protocol
 
@@ -277,6 +278,13 @@ class Histogram:
     edges: NDArray[np.float64]
     sigma: float
     selector_sigma: float
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Histogram]) -> Histogram:
+        """Join histograms of one composition and one n, in order."""
+        names = ("class_selection", "class_estimation", "score_selection", "score_estimation")
+        joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return replace(parts[0], **joined)
 
     def at(self, theta: float) -> tuple[Votes, Votes]:
         """Selector's votes (b, 2) of the n0 and of the n draws; ``ValueError`` for a theta that is no edge."""
