@@ -21,7 +21,7 @@ from torch import nn
 from art_rs_plugins import Commit, Frozen, PyTorchDataDependentSmoothing
 from art_rs_plugins.benchmark.attacked import attack
 from art_rs_plugins.benchmark.attacks import ATTACKS, Attack, run_attack
-from art_rs_plugins.benchmark.config import RunConfig
+from art_rs_plugins.benchmark.config import AttackConfig, RunConfig
 from art_rs_plugins.benchmark.memory import study_memory, write_study
 from art_rs_plugins.benchmark.methods import open_estimator
 from art_rs_plugins.benchmark.runs import certify
@@ -834,7 +834,7 @@ def test_a_run_is_resumed_with_its_promises(tmp_path: Path) -> None:
     rows = leaderboard([record])
     assert rows[0]["kind"] == "committed"
     with pytest.raises(ValueError, match="not certified accuracy and cannot be audited"):
-        attack(tmp_path / "a.tsv", ["pgd"], [0.5])
+        attack(tmp_path / "a.tsv", [AttackConfig()])
 
 
 def test_what_an_attacker_who_asks_first_achieves() -> None:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from art_rs_plugins.estimators.base import N_MAX, N, PyTorchSmoothedClassifier
 from art_rs_plugins.estimators.inputs import warn_if_hopeless
+from art_rs_plugins.estimators.interface import SmoothedInterface
 from art_rs_plugins.estimators.selection import Branch, CoreModel, check_fit
 from art_rs_plugins.smoothing.certify import Predictions
 from art_rs_plugins.smoothing.grid import GridGaussian
@@ -85,7 +86,7 @@ class Answers:
     core: Verdict
 
 
-class PyTorchACES(RandomizedSmoothingMixin, PyTorchClassifier):
+class PyTorchACES(SmoothedInterface, RandomizedSmoothingMixin, PyTorchClassifier):
     """Answer with a smoothed classifier where a smoothed selector says so, and with an accurate core elsewhere.
 
     What is selected and certified keeps its class within a radius. What goes to the core has the core's accuracy and no
@@ -234,16 +235,6 @@ class PyTorchACES(RandomizedSmoothingMixin, PyTorchClassifier):
         return _rebuild, (type(self), self.get_params())
 
     # ------------------------------------------------------------------ certificates and predictions
-
-    # the same code as of a smoothed classifier, which asks for input_shape, clip_values, loss and model alone
-    _inputs = PyTorchSmoothedClassifier._inputs
-    _leaf = PyTorchSmoothedClassifier._leaf
-    _labels = PyTorchSmoothedClassifier._labels
-    _groups = staticmethod(PyTorchSmoothedClassifier._groups)
-    loss_gradient = PyTorchSmoothedClassifier.loss_gradient
-    class_gradient = PyTorchSmoothedClassifier.class_gradient
-    compute_loss = PyTorchSmoothedClassifier.compute_loss
-    predict = PyTorchSmoothedClassifier.predict
 
     def compositions(
         self,

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from art import config
-from art.data_generators import PyTorchDataGenerator
 from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
 from art.estimators.classification import PyTorchClassifier
 from numpy.typing import ArrayLike, NDArray
@@ -21,26 +16,23 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from art_rs_plugins.estimators.inputs import (
-    as_inputs,
     as_limits,
     as_noise,
-    as_one_hot,
     as_performance,
     as_sigma,
-    check_finite,
-    check_lengths,
-    check_range,
     warn_if_hopeless,
 )
+from art_rs_plugins.estimators.interface import SmoothedInterface
 from art_rs_plugins.estimators.preprocessing import is_augmentation, make_transform
-from art_rs_plugins.smoothing.adversary import SmoothAdv
+from art_rs_plugins.estimators.tables import TableMaker
+from art_rs_plugins.estimators.training import Trainable
 from art_rs_plugins.smoothing.certify import Predictions, certify_all, predict
 from art_rs_plugins.smoothing.grid import GridGaussian
 from art_rs_plugins.smoothing.modules import BaseClassifier, SmoothedModule, looks_like_probabilities
-from art_rs_plugins.smoothing.noise import Gaussian, Key, Stage, check_seed, derive_seed, standard_normal
+from art_rs_plugins.smoothing.noise import Gaussian, Key, Stage, check_seed, standard_normal
 from art_rs_plugins.smoothing.performance import Performance, Voter
 from art_rs_plugins.smoothing.sampling import check_count, check_indices, evaluating
-from art_rs_plugins.smoothing.training import Adversary, Epoch, Loss, NoiseSchedule, Scheduler, fit, shuffled
+from art_rs_plugins.smoothing.training import Adversary, Epoch, Loss
 from art_rs_plugins.theory.bounds import check_alpha
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.rules import OneSided, Planned, Rule, Sequential
@@ -53,7 +45,7 @@ N, N_MAX, PILOT = 10_000, 100_000, 500
 """Estimation draws by default; the most that a sequential or planned certificate takes; the least of a pilot."""
 
 
-class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
+class PyTorchSmoothedClassifier(Trainable, SmoothedInterface, PyTorchRandomizedSmoothing):
     r"""A PyTorch classifier smoothed by Gaussian noise, certified in l2, attackable and trainable by ART.
 
     ``model`` is a `SmoothedModule` whose ``base`` is the network: attacks and trainers of ART that reach for the model
@@ -103,6 +95,11 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         Noisy copies of each input in training.
     adversary : Adversary, optional
         Moves the inputs of a batch before `fit` takes the loss, such as `SmoothAdv`.
+    table : callable, optional
+        Trains with a sigma for each example: makes the table from the number of examples and `scale`, such as
+        ``SigmaTable`` or ``functools.partial(SigmaTable, start=5, every=3)``; epochs are counted within one call of
+        `fit`, and an example is known by its position. By default `fit` trains at `scale`. What a loss says of sigma,
+        as the weight of `MACER` does, stays that of `scale`.
 
     Raises
     ------
@@ -140,6 +137,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         "objective",
         "draws",
         "adversary",
+        "table",
     ]
 
     def __init__(
@@ -166,6 +164,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         objective: Loss | None = None,
         draws: int = 1,
         adversary: Adversary | None = None,
+        table: TableMaker | None = None,
     ) -> None:
         base = model.base if isinstance(model, SmoothedModule) else model
         if not isinstance(base, nn.Module):
@@ -176,7 +175,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
             raise ValueError("loss must reduce to a scalar; use reduction='mean'")
         sigma, bank_samples = as_sigma(scale), check_count(bank_samples, "bank_samples")
         self._performance, self._noise = as_performance(performance), as_noise(noise)
-        self.objective, self.draws, self.adversary = objective, draws, adversary
+        self.objective, self.draws, self.adversary, self.table = objective, draws, adversary, table
         network = self._network(base)
         super().__init__(
             model=self._smoothed(network, sigma, samples=bank_samples, seed=seed, block=self._performance.block),
@@ -297,37 +296,6 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         self._performance = as_performance(value)
         self.model.block = self._performance.block
 
-    @property
-    def objective(self) -> Loss | None:
-        """What `fit` minimises; the mean of ``loss`` over the noisy copies if None."""
-        return self._objective
-
-    @objective.setter
-    def objective(self, value: Loss | None) -> None:
-        if value is not None and not callable(value):
-            raise TypeError(f"objective must be a loss of noisy logits, such as ADRE(), got {type(value).__name__}")
-        self._objective = value
-
-    @property
-    def draws(self) -> int:
-        """Noisy copies of each input in training."""
-        return self._draws
-
-    @draws.setter
-    def draws(self, value: int) -> None:
-        self._draws = check_count(value, "draws")
-
-    @property
-    def adversary(self) -> Adversary | None:
-        """What moves the inputs of a batch in training."""
-        return self._adversary
-
-    @adversary.setter
-    def adversary(self, value: Adversary | None) -> None:
-        if value is not None and not callable(getattr(value, "attack", None)):
-            raise TypeError(f"adversary must have a method attack, such as SmoothAdv(eps), got {type(value).__name__}")
-        self._adversary = value
-
     def set_params(self, **kwargs: Any) -> None:
         """Change settings, all of them or, if one is refused, none.
 
@@ -421,15 +389,6 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         block = self.performance.block
         return {"num_classes": self.nb_classes, "seed": seed, "indices": indices, "block": block}
 
-    def _training_noise(self) -> Gaussian | NoiseSchedule:
-        """Noise of training."""
-        return Gaussian(self.scale)
-
-    def _mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of ART's constructor, over all noisy copies."""
-        value: Tensor = self.loss(logits.flatten(0, 1), labels.expand(len(logits), *labels.shape).flatten(0, 1))
-        return value
-
     # ------------------------------------------------------------------ certificates and predictions
 
     def _voter(self, f: BaseClassifier | None = None) -> nn.Module:
@@ -443,12 +402,6 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         if ready is None or ready[0] != key or not all(map(torch.equal, ready[1], state)):
             ready = self._ready[id(f)] = (key, tuple(t.detach().clone() for t in state), Voter(f, self.performance))
         return ready[2]
-
-    @staticmethod
-    def _groups(total: int, batch_size: int) -> list[slice]:
-        """Parts of `total` inputs that lie on the device together."""
-        size = check_count(batch_size, "batch_size")
-        return [slice(start, start + size) for start in range(0, total, size)]
 
     def certificates(
         self,
@@ -663,48 +616,6 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
             ]
         return Predictions.concatenate(parts)
 
-    def predict(self, x: Array, batch_size: int = 128, verbose: bool = False, **kwargs: Any) -> Array:
-        """Answer with the class of the smoothed classifier, in ART's form.
-
-        Parameters
-        ----------
-        x : ndarray, shape (b, *input_shape)
-            Raw inputs. Under `GridGaussian` the answer is that for the nearest input of 8 bits.
-        batch_size : int
-            Inputs on the device at a time; changes no bit of the result.
-        verbose : bool
-            Show a progress bar.
-        **kwargs
-            ``is_abstain=False`` answers with the leading class where the votes are not clear; ``seed`` reproduces the
-            votes. What else ART's callers pass (``training_mode``, ``logits``) has no meaning here.
-
-        Returns
-        -------
-        ndarray of float64, shape (b, nb_classes)
-            One-hot rows, and a row of zeros where abstained. ``argmax`` of that is class 0: attacks that need scores
-            take `attack_view`.
-
-        Raises
-        ------
-        ValueError, TypeError
-            For inputs of the wrong shape or type, or a batch_size or seed out of range.
-
-        Notes
-        -----
-        *Guarantee.* For each input, the probability of a class other than the smoothed classifier's is at most alpha.
-
-        *Source.* Cohen et al. (2019), PREDICT and proposition 1.
-        """
-        abstains = kwargs.get("is_abstain")
-        if abstains is not None and not isinstance(abstains, bool):
-            raise ValueError(f"is_abstain must be a bool, got {abstains!r}")
-        inputs = self.noise(self.scale).nearest(self._inputs(x))   # attacks of ART ask about whatever they try
-        found = self.predictions(inputs, seed=kwargs.get("seed"), batch_size=batch_size, verbose=verbose)
-        answers = np.zeros((len(found.prediction), self.nb_classes))
-        answered = np.ones_like(found.abstained) if abstains is False else ~found.abstained
-        answers[np.arange(len(answers)), found.prediction] = answered
-        return answers
-
     def attack_view(self, samples: int | None = None, seed: int = 0) -> PyTorchClassifier:
         """Deterministic soft scores of the smoothed classifier, for attacks that need scores.
 
@@ -741,125 +652,6 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
             preprocessing=None,
             device_type=self.device_type,
         )
-
-    # ------------------------------------------------------------------ gradients
-
-    def loss_gradient(
-        self, x: Array | Tensor, y: Array | Tensor, training_mode: bool = False, **kwargs: Any
-    ) -> Array | Tensor:
-        """Gradient of the loss with respect to the input.
-
-        Parameters
-        ----------
-        x : ndarray or Tensor, shape (b, *input_shape)
-            Raw inputs.
-        y : ndarray or Tensor, shape (b,) or (b, nb_classes)
-            Class indices, one-hot rows or probabilities.
-        training_mode : bool
-            True takes one fresh noise draw in place of the bank.
-        **kwargs
-            ``sampling=False`` takes the base classifier without noise, as ART's ShadowAttack does with its own noise.
-
-        Returns
-        -------
-        ndarray or Tensor, shape of x
-            Of the same kind as x, on its device.
-
-        Raises
-        ------
-        ValueError, TypeError
-            For inputs or labels that do not fit.
-        """
-        bare = kwargs.get("sampling") is False
-        target = self.model.f if bare else self.model
-        leaf = self._leaf(x)
-        labels = self._labels(y, len(leaf))
-        with evaluating(target):
-            target.train(training_mode)
-            (gradient,) = torch.autograd.grad(self.loss(target(target.lift(leaf) if bare else leaf), labels), leaf)
-        return _as_given(gradient, x)
-
-    def class_gradient(
-        self,
-        x: Array | Tensor,
-        label: int | list[int] | Array | None = None,
-        training_mode: bool = False,
-        **kwargs: Any,
-    ) -> Array | Tensor:
-        """Gradient of the smoothed classifier's scores (log mean probabilities) with respect to the input.
-
-        Parameters
-        ----------
-        x : ndarray or Tensor, shape (b, *input_shape)
-            Raw inputs.
-        label : int or array_like of int, shape (b,), optional
-            One class for all inputs, or one for each; every class by default.
-        training_mode : bool
-            True takes one fresh noise draw in place of the bank.
-        **kwargs
-            Ignored, as in ART.
-
-        Returns
-        -------
-        ndarray or Tensor, shape (b, nb_classes or 1, *input_shape)
-
-        Raises
-        ------
-        ValueError, TypeError
-            For inputs that do not fit, or classes out of range.
-        """
-        leaf = self._leaf(x)
-        if label is None:
-            wanted = torch.arange(self.nb_classes, device=self.device).expand(len(leaf), -1)
-        else:
-            given = np.asarray(label)
-            if given.dtype.kind not in "iu" or np.any(given < 0) or np.any(given >= self.nb_classes):
-                raise ValueError(f"label must be class indices in [0, {self.nb_classes}), got {label}")
-            if given.ndim and given.shape != (len(leaf),):
-                raise ValueError(f"label must be one class or have shape ({len(leaf)},), got shape {given.shape}")
-            chosen = np.broadcast_to(given, (len(leaf),))
-            wanted = torch.as_tensor(chosen.astype(np.int64), device=self.device)[:, None]
-        with evaluating(self.model):
-            self.model.train(training_mode)
-            scores = self.model(leaf).gather(1, wanted)
-            gradients = [
-                torch.autograd.grad(scores[:, column].sum(), leaf, retain_graph=True)[0]
-                for column in range(wanted.shape[1])
-            ]
-        return _as_given(torch.stack(gradients, dim=1), x)
-
-    def compute_loss(
-        self, x: Array | Tensor, y: Array | Tensor, reduction: str = "none", **kwargs: Any
-    ) -> Array | Tensor:
-        """Loss of the smoothed classifier's scores.
-
-        Parameters
-        ----------
-        x, y
-            As in `loss_gradient`.
-        reduction : str
-            ``"none"``, ``"mean"`` or ``"sum"``, as in PyTorch.
-        **kwargs
-            Ignored, as in ART.
-
-        Returns
-        -------
-        ndarray or Tensor
-            Shape (b,) for ``"none"``, else a scalar.
-        """
-        if not hasattr(self.loss, "reduction"):
-            raise TypeError(f"loss {type(self.loss).__name__} has no reduction to set; use one of torch.nn")
-        tensor, before = isinstance(x, Tensor), self.loss.reduction
-        inputs = self._inputs(x, keep_dtype=True).to(self.device)
-        labels = self._labels(y, len(inputs))
-        self.loss.reduction = reduction
-        try:
-            with torch.set_grad_enabled(tensor), evaluating(self.model):
-                value = self.loss(self.model(inputs), labels)
-        finally:
-            self.loss.reduction = before
-        result: Array | Tensor = value if tensor else value.cpu().numpy()
-        return result
 
     def get_activations(
         self, x: Array | Tensor, layer: int | str, batch_size: int = 128, framework: bool = False
@@ -901,168 +693,7 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         activations = torch.cat(found)
         return activations if framework else activations.cpu().numpy()
 
-    # ------------------------------------------------------------------ training
-
-    def fit(
-        self,
-        x: Array,
-        y: Array,
-        batch_size: int = 128,
-        nb_epochs: int = 10,
-        training_mode: bool = True,
-        drop_last: bool = False,
-        scheduler: Scheduler | None = None,
-        verbose: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Train the base network under the noise that certification adds; further calls go on from there.
-
-        Parameters
-        ----------
-        x : ndarray, shape (b, *input_shape)
-            Raw inputs, within clip_values.
-        y : ndarray, shape (b,) or (b, nb_classes)
-            Class indices, one-hot rows or probabilities.
-        batch_size, nb_epochs : int
-            Inputs of a batch, passes over the data.
-        training_mode : bool
-            False keeps the network in eval mode while it is trained.
-        drop_last : bool
-            Leave out the last batch if it is short.
-        scheduler : optional
-            Learning-rate schedule of PyTorch, stepped after each epoch.
-        verbose : bool
-            Show a progress bar with loss and accuracy under noise.
-        **kwargs
-            Ignored, as in ART.
-
-        Raises
-        ------
-        ValueError, TypeError
-            Without an optimizer; for inputs or labels that do not fit, NaN, or inputs outside clip_values; if the loss
-            is not finite.
-        """
-        inputs, targets = self._training_batch(x, y)
-        seed = self._next_seed()
-        batches = shuffled(inputs, targets, batch_size=batch_size, seed=seed, drop_last=drop_last)
-        self._train(batches, nb_epochs, seed=seed, scheduler=scheduler, train_mode=training_mode, verbose=verbose)
-
-    def fit_generator(self, generator: Any, nb_epochs: int = 20, verbose: bool = False, **kwargs: Any) -> None:
-        """Train on batches of one of ART's generators, under the same noise as `fit`.
-
-        Parameters
-        ----------
-        generator : DataGenerator
-            Of ART; a PyTorchDataGenerator streams its loader. It does not say which example is which, so that a method
-            with a sigma for each cannot train on it.
-        nb_epochs : int
-            Passes over the data.
-        verbose : bool
-            Show a progress bar.
-        **kwargs
-            ``scheduler``, as in `fit`.
-        """
-        if not isinstance(self._training_noise(), Gaussian):
-            raise ValueError("fit_generator does not say which example is which, as a sigma for each needs; use fit")
-
-        def batches(_: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            seen = 0
-            if isinstance(generator, PyTorchDataGenerator):
-                found: Iterable[Any] = generator.iterator
-            else:
-                found = (generator.get_batch() for _ in range(max(1, generator.size // generator.batch_size)))
-            for x, y in found:
-                inputs, targets = self._training_batch(x, y)
-                yield torch.from_numpy(inputs), torch.from_numpy(targets), torch.arange(seen, seen + len(inputs))
-                seen += len(inputs)
-
-        scheduler = kwargs.get("scheduler")
-        self._train(
-            batches, nb_epochs, seed=self._next_seed(), scheduler=scheduler, train_mode=True, verbose=verbose
-        )
-
-    def _train(
-        self,
-        batches: Callable[[int], Iterable[tuple[Tensor, Tensor, Tensor]]],
-        epochs: int,
-        *,
-        seed: int,
-        scheduler: Scheduler | None,
-        train_mode: bool,
-        verbose: bool,
-    ) -> None:
-        if self.optimizer is None:
-            raise ValueError("optimizer is needed to train, but none was given to the constructor")
-        check_count(epochs, "nb_epochs")
-        if self.model.probabilities and (self.objective is not None or self.adversary is not None):
-            raise ValueError(
-                "objective and adversary take logits, but the network ends in a softmax; give it without that layer"
-            )
-        with tqdm(total=epochs, desc="Epochs", disable=not verbose) as bar:
-
-            def report(epoch: Epoch) -> None:
-                bar.set_postfix(loss=f"{epoch.loss:.3f}", noisy_accuracy=f"{epoch.noisy_accuracy:.3f}")
-                bar.update()
-
-            self.history_ = fit(
-                self.model.f,
-                batches,
-                optimizer=self.optimizer,
-                epochs=epochs,
-                scheduler=scheduler,
-                train_mode=train_mode,
-                seed=seed,
-                callback=report,
-                noise=self._training_noise(),
-                loss=self._mean_loss if self.objective is None else self.objective,
-                draws=self.draws,
-                adversary=self._bounded_adversary(),
-            )
-
-    def _bounded_adversary(self) -> Adversary | None:
-        """The adversary, held to clip_values unless it says otherwise itself."""
-        limits = as_limits(self.clip_values, self.input_shape, self.channels_first)
-        if isinstance(self.adversary, SmoothAdv) and self.adversary.clip_values is None and limits is not None:
-            return replace(self.adversary, clip_values=tuple(limit.to(self.device) for limit in limits))
-        return self.adversary
-
-    def _next_seed(self) -> int:
-        """Seed of one call of `fit`; ART's trainers call it for every batch, and each must meet noise of its own."""
-        key = self.model.next_key()
-        return derive_seed(key.seed, key.chunk)
-
-    # ------------------------------------------------------------------ copies and files
-
-    def clone_for_refitting(self) -> Self:
-        """Copy with the same settings and optimiser, and fresh weights."""
-        if self.optimizer is None:
-            raise ValueError("optimizer is needed to clone for refitting, but none was given to the constructor")
-        if len(self.optimizer.param_groups) > 1:
-            raise ValueError("optimizer has several parameter groups, which a clone cannot keep; build it yourself")
-        network = copy.deepcopy(self.model.base)
-        family = type(self.optimizer)
-        accepted = inspect.signature(family.__init__).parameters
-        defaults = {name: value for name, value in self.optimizer.defaults.items() if name in accepted}
-        settings = {**self.get_params(), "model": network, "optimizer": family(network.parameters(), **defaults)}
-        clone = type(self)(**settings)
-        clone.reset()
-        return clone
-
-    def save(self, filename: str, path: str | None = None) -> None:
-        """Write the base network's state dict to ``filename.model`` and the optimiser's to ``filename.optimizer``.
-
-        Parameters
-        ----------
-        filename : str
-            Name without extension.
-        path : str, optional
-            Folder; ART's data folder by default.
-        """
-        target = Path(path if path is not None else config.ART_DATA_PATH) / filename
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(self.model.base.state_dict(), f"{target}.model")
-        if self.optimizer is not None:
-            torch.save(self.optimizer.state_dict(), f"{target}.optimizer")
+    # ------------------------------------------------------------------ copies
 
     def close(self) -> None:
         """Let go of what the method holds open; nothing here."""
@@ -1080,34 +711,3 @@ class PyTorchSmoothedClassifier(PyTorchRandomizedSmoothing):
         self._model = self._make_model_wrapper(module)
         self._ready = {}
         self._check_params()
-
-    # ------------------------------------------------------------------ what comes in
-
-    def _inputs(self, x: Any, *, strict: bool = False, keep_dtype: bool = False) -> Tensor:
-        inputs = as_inputs(x, self.input_shape, keep_dtype=keep_dtype)
-        if strict:
-            check_finite(inputs)
-            check_range(inputs, as_limits(self.clip_values, self.input_shape, self.channels_first))
-        return inputs
-
-    def _leaf(self, x: Array | Tensor) -> Tensor:
-        return self._inputs(x, keep_dtype=True).to(self.device).detach().clone().requires_grad_()
-
-    def _labels(self, y: Array | Tensor, length: int) -> Tensor:
-        rows = as_one_hot(y, self.nb_classes)
-        check_lengths(length, len(rows))
-        return torch.as_tensor(self.reduce_labels(rows), device=self.device)
-
-    def _training_batch(self, x: Any, y: Any) -> tuple[NDArray[np.float32], Array]:
-        """Checked inputs and the labels that the loss takes, after the augmentations of training data."""
-        inputs, labels = self._inputs(x, strict=True).cpu().numpy(), as_one_hot(y, self.nb_classes)
-        check_lengths(len(inputs), len(labels))
-        for operation in self._augmentations:
-            inputs, labels = operation(inputs, labels)
-        targets = self.reduce_labels(np.asarray(labels, dtype=np.float32))
-        return np.asarray(inputs, dtype=np.float32), np.asarray(targets)
-
-
-def _as_given(result: Tensor, x: Array | Tensor) -> Array | Tensor:
-    """A result of the kind of x: tensor or array."""
-    return result.detach() if isinstance(x, Tensor) else result.detach().cpu().numpy()

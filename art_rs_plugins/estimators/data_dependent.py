@@ -6,12 +6,9 @@ import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from art import config
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
@@ -20,18 +17,14 @@ from art_rs_plugins.estimators.inputs import warn_if_hopeless
 from art_rs_plugins.estimators.modes import Commit, Frozen, Mode, aim, as_given, check_mode
 from art_rs_plugins.estimators.preprocessing import ArtTransform
 from art_rs_plugins.estimators.store import Memory, Reply
-from art_rs_plugins.estimators.tables import BoundTable, TableMaker
 from art_rs_plugins.smoothing.certify import Predictions, certify_all, predict
 from art_rs_plugins.smoothing.digest import network_digest, printed
 from art_rs_plugins.smoothing.modules import SmoothedModule
 from art_rs_plugins.smoothing.noise import Gaussian, check_seed, derive_seed
 from art_rs_plugins.smoothing.sampling import check_count, check_indices, evaluating
-from art_rs_plugins.smoothing.scales import Conditional, as_logits, certify_at, host
-from art_rs_plugins.smoothing.sigma_table import SigmaTable
+from art_rs_plugins.smoothing.scales import Conditional, certify_at, certify_frozen, sigma_of
 from art_rs_plugins.smoothing.soft import ScaleModule
-from art_rs_plugins.smoothing.training import NoiseSchedule
 from art_rs_plugins.theory.certificates import Certificates
-from art_rs_plugins.theory.elastic import SigmaFunction
 from art_rs_plugins.theory.rules import OneSided, Rule
 
 __all__ = ["PyTorchDataDependentSmoothing"]
@@ -56,11 +49,6 @@ class PyTorchDataDependentSmoothing(PyTorchSmoothedClassifier):
         - ``Conditional(search)``: as published. Kind ``conditional``; it promises nothing about what is deployed.
 
         ``Commit()`` by default, in main memory.
-    table : callable, optional
-        Trains with a sigma for each example: makes the table from the number of examples and `scale`, such as
-        ``functools.partial(SigmaTable, update=GradientAscent(iterations=1, step=0.1), start=5)``. By default `fit`
-        trains at `scale`. Any objective and adversary may be combined with it; what a loss says of sigma, as the weight
-        of `MACER` does, stays that of `scale`.
 
     Raises
     ------
@@ -80,6 +68,7 @@ class PyTorchDataDependentSmoothing(PyTorchSmoothedClassifier):
     *Cost.* n0 + n passes for each input, and ``search.cost`` under ``Commit`` and ``Conditional``; none where a promise
     of ``Commit`` covers it. ``Certificates.passes`` counts them. A memory keeps all inputs as they are, and whoever may
     ask can fill it; to serve strangers, use `freeze`. Threads may ask one estimator; they certify one after the other.
+    It belongs to the weights, preprocessing and settings that it was begun with: after training it refuses to answer.
 
     *Source.* Alfarra, Bibi, Torr and Ghanem (2022), "Data-Dependent Randomized Smoothing", UAI; see
     `CertifiedRegions` for what differs. Sukenik, Kuvshinov and Guennemann (2022) for a sigma that changes slowly.
@@ -99,12 +88,10 @@ class PyTorchDataDependentSmoothing(PyTorchSmoothedClassifier):
     estimator_params = [   # noqa: RUF012 - ART's own convention
         *PyTorchSmoothedClassifier.estimator_params,
         "mode",
-        "table",
     ]
 
-    def __init__(self, *args: Any, mode: Mode | None = None, table: TableMaker | None = None, **kwargs: Any) -> None:
-        self._mode, self.table = check_mode(Commit() if mode is None else mode), table
-        self._bound: BoundTable | None = None
+    def __init__(self, *args: Any, mode: Mode | None = None, **kwargs: Any) -> None:
+        self._mode = check_mode(Commit() if mode is None else mode)
         self._memory: Memory | None = None
         self._opened_as: Any = None
         self._lock, self._voting = threading.Lock(), threading.Lock()
@@ -121,25 +108,6 @@ class PyTorchDataDependentSmoothing(PyTorchSmoothedClassifier):
     def mode(self, value: Mode) -> None:
         self._mode = check_mode(value)
         self.model.certificate = aim(value)
-
-    @property
-    def table(self) -> TableMaker | None:
-        """What makes the sigma table of training; None trains at `scale`."""
-        return self._table
-
-    @table.setter
-    def table(self, value: TableMaker | None) -> None:
-        if value is not None and not callable(value):
-            raise TypeError(
-                "table must make a SigmaTable from a number of examples and a sigma, such as SigmaTable itself, got "
-                f"{type(value).__name__}"
-            )
-        self._table = value
-
-    @property
-    def table_(self) -> SigmaTable | None:
-        """The sigma table, once `fit` has made it."""
-        return None if self._bound is None or self.table is None else self._bound.table
 
     def _check_params(self) -> None:
         super()._check_params()
@@ -351,16 +319,16 @@ class PyTorchDataDependentSmoothing(PyTorchSmoothedClassifier):
             return [mode.settle(x, each) for each in certify_all(f, x, Gaussian(self.scale), **settings)]
         if not isinstance(mode, Commit | Conditional):
             return certify_at(f, x, mode, **settings)
-        found = certify_all(f, x, Gaussian(self._sigma(f, x, mode, seed, indices)), **settings)
-        return [replace(each, kind="conditional", passes=each.passes + mode.search.cost) for each in found]
+        return certify_frozen(f, x, mode.search, start=self.scale, probabilities=self.model.probabilities, **settings)
 
     def _predict(
         self, f: nn.Module, x: Tensor, *, n: int, alpha: float, seed: int, indices: NDArray[np.int64]
     ) -> Predictions:
         mode = self._mode
         if not isinstance(mode, Frozen):
-            sigma = self._sigma(f, x, mode, seed, indices)
-            return predict(f, x, Gaussian(sigma), n=n, alpha=alpha, **self._votes(seed, indices))
+            draws, start = self._votes(seed, indices), self.scale
+            sigma = sigma_of(mode, f, x, start=start, probabilities=self.model.probabilities, **draws)
+            return predict(f, x, Gaussian(sigma), n=n, alpha=alpha, **draws)
         covers = mode.covering(x)
         prediction = np.array([-1 if cover is None else cover.prediction for cover in covers], dtype=np.int64)
         abstained, votes = np.zeros(len(x), dtype=bool), np.zeros((len(x), self.nb_classes), dtype=np.int64)
@@ -370,83 +338,7 @@ class PyTorchDataDependentSmoothing(PyTorchSmoothedClassifier):
             prediction[rows], abstained[rows], votes[rows] = found.prediction, found.abstained, found.votes
         return Predictions(prediction, abstained, votes, n, alpha, seed)
 
-    def _sigma(
-        self, f: nn.Module, x: Tensor, mode: Commit | Conditional | SigmaFunction, seed: int, indices: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        """Sigma of each input, found by a search or as a function of it."""
-        if not isinstance(mode, Commit | Conditional):
-            return mode(host(x))
-        logits = as_logits(f, self.model.probabilities)
-        return mode.search.choose(logits, x, sigma=self.scale, **self._votes(seed, indices))
-
-    def _training_noise(self) -> Gaussian | NoiseSchedule:
-        return Gaussian(self.scale) if self.table_ is None else self.table_
-
-    # ------------------------------------------------------------------ training, copies and files
-
-    def fit(self, x: NDArray[Any], y: NDArray[Any], *args: Any, **kwargs: Any) -> None:
-        """Train the base network, at `scale` or with a sigma for each example.
-
-        Parameters
-        ----------
-        x, y, *args, **kwargs
-            As `PyTorchSmoothedClassifier.fit`. With a table, further calls go on with its sigmas, and have to bring
-            the same x in the same order.
-
-        Raises
-        ------
-        ValueError, TypeError
-            As there; if the table belongs to another data set, or the network ends in a softmax.
-
-        Notes
-        -----
-        A memory belongs to the weights that it was begun with: after training, it refuses to answer.
-
-        *Source.* Alfarra et al. (2022), with sigma detached, held to bounds, and averaged over epochs.
-        """
-        if self.table is not None:
-            if self.model.probabilities:
-                raise ValueError("table needs logits, but the network ends in a softmax; give it without that layer")
-            inputs = self._inputs(x, strict=True).cpu().numpy()
-            if self._bound is None or self._bound.make is not self.table:
-                self._bound = BoundTable(self.table)
-            self._bound.bind(inputs, self.scale)
-        super().fit(x, y, *args, **kwargs)
-
-    def save(self, filename: str, path: str | None = None) -> None:
-        """As in the base class, and the sigma table to ``filename.sigmas``; a memory with a path is a file anyhow."""
-        super().save(filename, path)
-        if self.table_ is not None and self._bound is not None:
-            torch.save(self._bound.state_dict(), f"{_target(filename, path)}.sigmas")
-
-    def load(self, filename: str, path: str | None = None) -> None:
-        """Go on with what `save` wrote: weights, and optimiser and sigma table where this estimator has them.
-
-        A memory opens after that if it belongs to these weights, preprocessing and settings, and not otherwise.
-
-        Parameters
-        ----------
-        filename, path : str
-            As of `save`.
-
-        Raises
-        ------
-        ValueError, OSError
-            For files that are missing, damaged or of another network; nothing is changed then.
-        """
-        target, network = _target(filename, path), self.model.base
-        weights = _read(f"{target}.model", self.device)
-        shapes = {name: value.shape for name, value in network.state_dict().items()}
-        if {name: getattr(value, "shape", None) for name, value in weights.items()} != shapes:
-            raise ValueError(f"{target}.model does not fit this network; build the network that it was saved from")
-        optimizer = None if self.optimizer is None else _read(f"{target}.optimizer", self.device)
-        bound = None if self.table is None else BoundTable(self.table)
-        if bound is not None:
-            bound.load_state_dict(_read(f"{target}.sigmas", self.device), self.scale)
-        if optimizer is not None:
-            self.optimizer.load_state_dict(optimizer)
-        network.load_state_dict(weights)
-        self._bound = bound
+    # ------------------------------------------------------------------ copies
 
     def __getstate__(self) -> dict[str, Any]:
         left = ("_memory", "_opened_as", "_lock", "_voting")   # two copies of a memory would give different promises
@@ -463,19 +355,3 @@ class _Aimed(ScaleModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return SmoothedModule.forward(self, x) if self.certificate is None else super().forward(x)
-
-
-def _target(filename: str, path: str | None) -> Path:
-    return Path(path if path is not None else config.ART_DATA_PATH) / filename
-
-
-def _read(path: str, device: torch.device) -> dict[str, Any]:
-    try:
-        found = torch.load(path, map_location=device, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:   # a damaged file raises whatever its bytes suggest
-        raise ValueError(f"{path} cannot be read ({error}); save it again") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no state; save it again")
-    return found

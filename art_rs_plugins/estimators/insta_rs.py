@@ -4,36 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from art import config
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
 from art_rs_plugins.estimators.inputs import as_one_hot, check_lengths
-from art_rs_plugins.estimators.tables import BoundTable, TableMaker
-from art_rs_plugins.smoothing.certify import Predictions, certify_all, predict
+from art_rs_plugins.estimators.training import read_state, target_of
+from art_rs_plugins.smoothing.certify import Predictions, predict
 from art_rs_plugins.smoothing.modules import BaseClassifier
 from art_rs_plugins.smoothing.noise import Gaussian
 from art_rs_plugins.smoothing.sampling import check_count, evaluating
 from art_rs_plugins.smoothing.scales import (
     Conditional,
     Scales,
-    as_logits,
     certify_at,
+    certify_frozen,
     certify_scales,
-    host,
     level_targets,
     predict_scales,
+    sigma_of,
 )
 from art_rs_plugins.smoothing.sigma import Objective
-from art_rs_plugins.smoothing.sigma_table import SigmaTable
 from art_rs_plugins.smoothing.soft import ScaleModule
-from art_rs_plugins.smoothing.training import Epoch, NoiseSchedule, fit, shuffled
+from art_rs_plugins.smoothing.training import Epoch, fit, shuffled
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.scales import Cascade, Envelope, Selector
 
@@ -62,10 +59,6 @@ class PyTorchInstaRS(PyTorchSmoothedClassifier):
         - ``Conditional(search)``: as published, of kind ``conditional``, never counted as certified.
 
         To be fixed before the inputs are seen. Its alpha gives way to the estimator's.
-    table : callable, optional
-        Trains with a sigma for each example, as Insta-RS Train: makes the table from the number of examples and
-        `scale`, such as ``SigmaTable`` or ``functools.partial(SigmaTable, start=5, every=3)``; epochs are counted
-        within one call of `fit`. By default `fit` trains at `scale`.
 
     Raises
     ------
@@ -99,12 +92,10 @@ class PyTorchInstaRS(PyTorchSmoothedClassifier):
     estimator_params = [   # noqa: RUF012 - ART's own convention
         *PyTorchSmoothedClassifier.estimator_params,
         "certificate",
-        "table",
     ]
 
-    def __init__(self, *args: Any, certificate: Scales, table: TableMaker | None = None, **kwargs: Any) -> None:
-        self._certificate, self.table = _checked(certificate), table
-        self._bound: BoundTable | None = None
+    def __init__(self, *args: Any, certificate: Scales, **kwargs: Any) -> None:
+        self._certificate = _checked(certificate)
         super().__init__(*args, **kwargs)
 
     # ------------------------------------------------------------------ settings
@@ -118,25 +109,6 @@ class PyTorchInstaRS(PyTorchSmoothedClassifier):
     @certificate.setter
     def certificate(self, value: Scales) -> None:
         self._certificate = self.model.certificate = _checked(value)
-
-    @property
-    def table(self) -> TableMaker | None:
-        """What makes the sigma table of training; None trains at `scale`."""
-        return self._table
-
-    @table.setter
-    def table(self, value: TableMaker | None) -> None:
-        if value is not None and not callable(value):
-            raise TypeError(
-                "table must make a SigmaTable from a number of examples and a sigma, such as SigmaTable itself, got "
-                f"{type(value).__name__}"
-            )
-        self._table = value
-
-    @property
-    def table_(self) -> SigmaTable | None:
-        """The sigma table, once `fit` has made it."""
-        return None if self._bound is None else self._bound.table
 
     @property
     def selector(self) -> nn.Module | None:
@@ -181,9 +153,8 @@ class PyTorchInstaRS(PyTorchSmoothedClassifier):
             return [certify_scales(self._networks(f), x, rule, **votes) for rule in rules]
         if not isinstance(chosen, Conditional):
             return certify_at(f, x, chosen, rules=rules, **votes)
-        sigma = self._searched(chosen, f, x, seed, indices)
-        frozen = certify_all(f, x, Gaussian(sigma), rules=rules, **votes)
-        return [replace(each, kind="conditional", passes=each.passes + chosen.search.cost) for each in frozen]
+        settings = {"start": self.scale, "probabilities": self.model.probabilities, "rules": rules}
+        return certify_frozen(f, x, chosen.search, **settings, **votes)
 
     def _predict(
         self, f: nn.Module, x: Tensor, *, n: int, alpha: float, seed: int, indices: NDArray[np.int64]
@@ -191,8 +162,7 @@ class PyTorchInstaRS(PyTorchSmoothedClassifier):
         chosen, votes = self._certificate, self._votes(seed, indices)
         if isinstance(chosen, _OVER_LEVELS):
             return predict_scales(self._networks(f), x, replace(chosen, alpha=alpha), n=n, **votes)
-        frozen = isinstance(chosen, Conditional)
-        sigma = self._searched(chosen, f, x, seed, indices) if frozen else chosen(host(x))
+        sigma = sigma_of(chosen, f, x, start=self.scale, probabilities=self.model.probabilities, **votes)
         return predict(f, x, Gaussian(sigma), n=n, alpha=alpha, **votes)
 
     def _networks(self, f: nn.Module) -> nn.Module | list[nn.Module]:
@@ -201,49 +171,7 @@ class PyTorchInstaRS(PyTorchSmoothedClassifier):
             return f
         return [f] * len(self._certificate.sigmas) + [self._voter(self.model.chooser())]
 
-    def _searched(
-        self, chosen: Conditional, f: nn.Module, x: Tensor, seed: int, indices: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        logits = as_logits(f, self.model.probabilities)
-        return chosen.search.choose(logits, x, sigma=self.scale, **self._votes(seed, indices))
-
-    def _training_noise(self) -> Gaussian | NoiseSchedule:
-        return Gaussian(self.scale) if self.table_ is None else self.table_
-
     # ------------------------------------------------------------------ training
-
-    def fit(self, x: NDArray[Any], y: NDArray[Any], *args: Any, **kwargs: Any) -> None:
-        """Train the base network, at `scale` or with a sigma for each example.
-
-        Parameters
-        ----------
-        x, y, *args, **kwargs
-            As `PyTorchSmoothedClassifier.fit`. With a table, further calls go on with its sigmas, and have to bring
-            the same x in the same order: an example is known by its position.
-
-        Raises
-        ------
-        ValueError, TypeError
-            As there; if the table belongs to another data set, or the network ends in a softmax.
-
-        Notes
-        -----
-        *Source.* A reconstruction of Insta-RS Train; see `SigmaTable`.
-        """
-        if self.table is None:
-            self._bound = None
-        else:
-            inputs = self._inputs(x, strict=True).cpu().numpy()
-            check_lengths(len(inputs), len(as_one_hot(y, self.nb_classes)))
-            if self.model.probabilities:
-                raise ValueError("table needs logits, but the network ends in a softmax; give it without that layer")
-            self._binding(self.table).bind(inputs, self.scale)
-        super().fit(x, y, *args, **kwargs)
-
-    def _binding(self, make: TableMaker) -> BoundTable:
-        if self._bound is None or self._bound.make is not make:
-            self._bound = BoundTable(make)
-        return self._bound
 
     def fit_selector(
         self,
@@ -325,31 +253,18 @@ class PyTorchInstaRS(PyTorchSmoothedClassifier):
     # ------------------------------------------------------------------ files
 
     def save(self, filename: str, path: str | None = None) -> None:
-        """As in the base class; with a sigma table ``filename.sigmas``, and with a selector ``filename.selector``."""
+        """As in the base class, and the selector's network to ``filename.selector`` where there is one."""
         super().save(filename, path)
-        target = Path(path if path is not None else config.ART_DATA_PATH) / filename
-        if self._bound is not None and self._bound.table is not None:
-            torch.save(self._bound.state_dict(), f"{target}.sigmas")
         if self.selector is not None:
-            torch.save(self.selector.state_dict(), f"{target}.selector")
+            torch.save(self.selector.state_dict(), f"{target_of(filename, path)}.selector")
 
-    def load_table(self, filename: str, path: str | None = None) -> None:
-        """Continue from the sigma table that `save` wrote beside the network.
-
-        Parameters
-        ----------
-        filename, path : str
-            As of `save`.
-
-        Raises
-        ------
-        ValueError, OSError
-            Without a `table`, or for a file that holds none.
-        """
-        if self.table is None:
-            raise ValueError("table must be given to the constructor, to say how its sigmas move from here on")
-        target = Path(path if path is not None else config.ART_DATA_PATH) / f"{filename}.sigmas"
-        self._binding(self.table).load_state_dict(torch.load(target, weights_only=True), self.scale)
+    def load(self, filename: str, path: str | None = None) -> None:
+        """As in the base class, and the selector's weights where `selector` is given already."""
+        chooser = self.selector
+        state = {} if chooser is None else read_state(f"{target_of(filename, path)}.selector", self.device)
+        super().load(filename, path)
+        if chooser is not None:
+            chooser.load_state_dict(state)
 
 
 def _checked(certificate: Any) -> Any:

@@ -185,7 +185,8 @@ class Branch:
             if self._own is not None:
                 with evaluating(self.smoothed.model):
                     f, noise = self.smoothed._voter(), self.smoothed.noise(self.smoothed.scale)
-                    counting = {"num_classes": self.smoothed.nb_classes, "block": self.smoothed.performance.block}
+                    counting: dict[str, Any] = {"num_classes": self.smoothed.nb_classes}
+                    counting["block"] = self.smoothed.performance.block
                     votes = count_votes(f, x.to(self.smoothed.device), noise, **counting, **settings)
                 classes = votes.cpu().numpy()
             tables.append((classes, scores))

@@ -29,10 +29,12 @@ __all__ = [
     "Scales",
     "as_logits",
     "certify_at",
+    "certify_frozen",
     "certify_scales",
     "host",
     "level_targets",
     "predict_scales",
+    "sigma_of",
 ]
 
 Floats = NDArray[np.float64]
@@ -272,6 +274,53 @@ def certify_at(
         radius = np.where(found.abstained, 0.0, radius)
         certified.append(replace(found, radius=radius, abstained=~(radius > 0.0)))
     return certified
+
+
+def certify_frozen(
+    f: Classifier,
+    x: Tensor,
+    search: SigmaRule,
+    *,
+    start: float,
+    probabilities: bool,
+    rules: Sequence[Rule],
+    n: int,
+    n0: int,
+    **votes: Any,
+) -> list[Certificates]:
+    """Certify at the sigma that a search finds for each of b inputs, as if it were the same everywhere: conditionally.
+
+    Parameters
+    ----------
+    f, x, rules
+        As in `certify_at`.
+    search : SigmaRule
+        Finds the sigma; its passes are counted.
+    start : float
+        Where it begins.
+    probabilities : bool
+        True if f ends in a softmax.
+    n, n0, **votes
+        As in `certify_all`, with draws of their own.
+
+    Returns
+    -------
+    list of Certificates
+        One for each rule, of kind ``conditional``; see `Conditional`.
+    """
+    sigma = search.choose(as_logits(f, probabilities), x, sigma=start, **votes)
+    frozen = certify_all(f, x, Gaussian(sigma), rules=rules, n=n, n0=n0, **votes)
+    return [replace(each, kind="conditional", passes=each.passes + search.cost) for each in frozen]
+
+
+def sigma_of(
+    choice: Any, f: Classifier, x: Tensor, *, start: float, probabilities: bool, **votes: Any
+) -> Floats:
+    """Sigma of each of b inputs: found by the ``search`` of `choice`, or as a `SigmaFunction` of the input."""
+    search: SigmaRule | None = getattr(choice, "search", None)
+    if search is None:
+        return np.asarray(choice(host(x)), dtype=np.float64)
+    return search.choose(as_logits(f, probabilities), x, sigma=start, **votes)
 
 
 def as_logits(f: Classifier, probabilities: bool) -> Classifier:
