@@ -8,21 +8,20 @@ import json
 import math
 import os
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from planted import LABELS, Page, an_audit, cohen_like, our_certificates, ours
 
-from art_rs_plugins.benchmark.audits import audit_from_json, audit_to_json, load_audits, save_audit
+from art_rs_plugins.benchmark.audits import audit_from_json, audit_to_json, load_audits, save_audits
 from art_rs_plugins.benchmark.plots import plot_audit, plot_certified_accuracy
-from art_rs_plugins.benchmark.records import Record, read_record
-from art_rs_plugins.benchmark.report import audit_text, demo_table, render, write_report
-from art_rs_plugins.benchmark.tables import RADII, audit_table, count_cases, summarize
-from art_rs_plugins.benchmark.writer import RecordWriter
+from art_rs_plugins.benchmark.records import read_record
+from art_rs_plugins.benchmark.report import audit_text, demo_table, render, write_leaderboard, write_report
+from art_rs_plugins.benchmark.tables import RADII, audit_table, count_cases, leaderboard, summarize
 from art_rs_plugins.theory.audit import AttackOutcomes, Audit, audit
 from art_rs_plugins.theory.bounds import clopper_pearson_upper
-from art_rs_plugins.theory.certificates import Certificates, Kind
+from art_rs_plugins.theory.certificates import Kind
 from art_rs_plugins.theory.metrics import accuracy_curve
 from art_rs_plugins.theory.radii import gaussian_radius
 
@@ -31,70 +30,6 @@ LOGS = Path(SHARED) / "cohen_logs" / "cohen"
 needs_logs = pytest.mark.skipif(
     not SHARED or not LOGS.is_dir(), reason="ART_RS_SHARED_DATA names no folder with the logs of Cohen et al."
 )
-
-# Four of eight right; radii .25, .2499 and 1.5 on both sides of the table's grid; one abstention of the true class.
-COHEN = (
-    "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
-    "0\t3\t3\t0.25\t1\t16.6\n"
-    "20\t7\t-1\t0.0\t0\t0:00:14.206886\n"
-    "40\t4\t6\t1.35\t0\t16.6\n"
-    "60\t4\t4\t0.2499\t1\t16.6\n"
-    "80\t1\t1\t1.5\t1\t16.6\n"
-    "100\t1\t1\t0.0\t1\t16.6\n"
-    "120\t2\t-1\t0.0\t0\t16.6\n"
-    "140\t2\t0\t0.75\t0\t16.6\n"
-)
-
-
-def cohen_like(folder: Path, name: str = "sigma_0.50") -> Record:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.tsv").write_text(COHEN)
-    return read_record(folder / f"{name}.tsv")
-
-
-def our_certificates(kind: Kind = "certified") -> Certificates:
-    return Certificates(
-        prediction=np.array([0, 1, 1, 0]),
-        radius=np.array([0.6, 0.3, 0.0, 0.9]),
-        abstained=np.array([False, False, True, False]),
-        p_lower=np.array([0.9, 0.8, 0.4, 0.99]),
-        p_upper=np.array([0.1, 0.2, 0.6, 0.01]),
-        count=np.array([95, 85, 45, 100]),
-        runner_up_count=np.array([5, 15, 55, 0]),
-        n=np.full(4, 100),
-        n0=np.full(4, 10),
-        sigma=np.full(4, 0.5),
-        alpha=np.full(4, 0.001),
-        index=np.array([3, 5, 7, 9]),
-        seed=np.zeros(4, dtype=np.int64),
-        kind=kind,
-    )
-
-
-LABELS = np.array([0, 1, 1, 1])
-
-
-def ours(folder: Path, kind: Kind = "certified", name: str = "run") -> Record:
-    with RecordWriter(folder / f"{name}.tsv", {"note": "<b>&amp;</b>"}) as writer:
-        writer.append(our_certificates(kind), LABELS, 0.1)
-    return read_record(folder / f"{name}.tsv")
-
-
-def an_audit(*, broken: bool) -> Audit:
-    """Attack at .25 and .5: input 5 falls at .5, outside its ball, or inside it at .25 as well if broken."""
-    prediction = np.array([[0, 0 if broken else 1, 1, 0], [0, 0, 1, 0]])
-    outcomes = AttackOutcomes(
-        name="<pgd>",
-        budgets=np.array([0.25, 0.5]),
-        prediction=prediction,
-        abstained=np.array([[False] * 4, [True, False, False, False]]),
-        distance=np.array([[0.25] * 4, [0.5] * 4]),
-        confirmed=np.ones((2, 4), dtype=bool),
-        n=200,
-        alpha=0.001,
-    )
-    return audit(our_certificates(), outcomes, LABELS)
-
 
 def test_a_log_of_cohens_format_adds_up(tmp_path: Path) -> None:
     summary = summarize(cohen_like(tmp_path))
@@ -164,7 +99,7 @@ def test_what_is_not_certified_never_counts_as_certified(tmp_path: Path, kind: K
 
 def test_csv_is_rectangular_and_agrees_with_json(tmp_path: Path) -> None:
     records = [cohen_like(tmp_path), ours(tmp_path), ours(tmp_path, "conditional", "frozen, once")]
-    audits = [None, an_audit(broken=True), None]
+    audits = [None, {"all": an_audit(broken=True)}, None]
     rows = list(csv.DictReader(io.StringIO(render(records, "csv", audits))))
     assert [row["record"] for row in rows] == ["sigma_0.50", "run", "frozen, once"]
     assert [row["certified_accuracy_0.25"] for row in rows] == ["0.25", "0.5", ""]
@@ -187,12 +122,12 @@ def test_markdown_latex_and_text_hold_the_same_cells(tmp_path: Path) -> None:
 
 def test_tables_of_attacks_follow_and_name_each_case(tmp_path: Path) -> None:
     record = ours(tmp_path, name="a_b")
-    markdown = render([record], "md", [an_audit(broken=True)])
+    markdown = render([record], "md", [{"all": an_audit(broken=True)}])
     assert "## Attacks on a_b - contradictions: 1 case at 1 input\n" in markdown
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
-    assert ["0.25", "0.500", "0.500", "0.000", "0.500", "0.000", "1"] in rows
+    assert ["all", "0.25", "0.500", "0.500", "0.000", "0.500", "0.000", "1"] in rows
     assert ["5", "<pgd>", "0.25", "0.25", "0.3", "1", "0"] in rows
-    latex = render([record], "latex", [an_audit(broken=False)])
+    latex = render([record], "latex", [{"all": an_audit(broken=False)}])
     assert "\\paragraph*{Attacks on a\\_b - contradictions: 0}" in latex
     assert "pgd" not in latex
 
@@ -203,80 +138,6 @@ def test_records_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> 
     assert names == ["noise_0.25/test/sigma_0.50", "noise_0.50/test/sigma_0.50"]
     names = [entry["record"] for entry in json.loads(render(records[:1] * 2, "json"))]
     assert len(set(names)) == 2
-
-
-class Page(HTMLParser):
-    """Collects tags and text of a page, and checks that every tag is closed in order."""
-
-    VOID = ("meta", "br", "use")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.text: list[tuple[str, str]] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append((self.open[-1] if self.open else "", data))
-
-    def words(self) -> str:
-        return " ".join(data for tag, data in self.text if tag not in ("style", "script"))
-
-
-def test_the_page_stands_alone_and_escapes_what_it_shows(tmp_path: Path) -> None:
-    name = "<script>alert(1)</script>".replace("/", "") + " $x_1$"
-    record = ours(tmp_path, name=name)
-    source = render([record, cohen_like(tmp_path, "_under")], "html", [an_audit(broken=True), None])
-    page = Page(source)
-    assert page.open == []
-    assert "script" not in {tag for tag, _, _ in page.attributes} | {tag for tag, _ in page.text}
-    assert "http" not in source
-    assert "url(" not in source.replace("url(#", "")
-    outside = [value for _, attribute, value in page.attributes if attribute in ("src", "href", "xlink:href")]
-    assert outside
-    assert all(value.startswith("#") for value in outside)
-    assert name in page.words()
-    assert "_under" in page.words()
-    assert "<pgd>" in page.words()
-    assert "<b>&amp;</b>" in page.words()  # from the manifest
-    assert render([record], "html") == render([record], "html")
-
-
-def test_the_page_is_loud_about_contradictions_and_calm_without(tmp_path: Path) -> None:
-    record = ours(tmp_path)
-    loud = render([record], "html", [an_audit(broken=True)])
-    assert loud.index('role="alert"') < loud.index("<svg")
-    assert "Contradictions: 1 case at 1 input" in Page(loud).words()
-    row = ["5", "<pgd>", "0.25", "0.25", "0.3", "1", "0"]
-    cells = [data for tag, data in Page(loud).text if tag == "td"]
-    assert any(cells[start : start + len(row)] == row for start in range(len(cells)))
-    calm = render([record], "html", [an_audit(broken=False)])
-    assert 'role="alert"' not in calm
-    assert "Contradictions: 0" in Page(calm).words()
-    silent = Page(render([record], "html")).words()
-    assert "Contradictions: 0" not in silent  # nobody looked
-    assert "No attack is shown" in silent
-
-
-def test_the_page_says_what_is_guaranteed(tmp_path: Path) -> None:
-    words = Page(render([ours(tmp_path)], "html")).words()
-    # 4 certificates at alpha .001: P(more than 1 false) = 6e-6 <= .001 < P(at least 1) = .004
-    assert "with probability at least 0.999, at most 1 of the 4 certificates are false" in words
-    assert "n = 100, n0 = 10, alpha = 0.001" in words
-    assert "alpha is not recorded" in Page(render([cohen_like(tmp_path)], "html")).words()
 
 
 def test_audit_table_by_hand() -> None:
@@ -297,14 +158,14 @@ def test_audit_table_by_hand() -> None:
 def test_audits_come_back_from_disk(tmp_path: Path) -> None:
     made, record = an_audit(broken=True), ours(tmp_path)
     assert load_audits([record]) == ([None], [])
-    path = save_audit(made, record)
+    path = save_audits({"all": made}, record)
     assert path == tmp_path / "run.audit.json"
     (back,), notes = load_audits([record])
     assert back is not None
     assert notes == []
-    assert audit_to_json(back) == audit_to_json(made)
-    assert back.suspected == made.suspected
-    np.testing.assert_array_equal(back.certified.lower, made.certified.lower)
+    assert audit_to_json(back["all"]) == audit_to_json(made)
+    assert back["all"].suspected == made.suspected
+    np.testing.assert_array_equal(back["all"].certified.lower, made.certified.lower)
     path.write_text(path.read_text().replace('"wrong"', '"wrang"'))
     with pytest.raises(ValueError, match=r"run\.audit\.json: value is not an audit \('wrong'\)"):
         load_audits([record])
@@ -316,7 +177,7 @@ def test_audits_come_back_from_disk(tmp_path: Path) -> None:
 def test_an_audit_of_other_rows_is_left_out_and_the_report_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, column: int, value: str
 ) -> None:
-    save_audit(an_audit(broken=False), ours(tmp_path))
+    save_audits({"all": an_audit(broken=False)}, ours(tmp_path))
     lines = (tmp_path / "run.tsv").read_text().splitlines()
     cells = lines[1].split("\t")
     cells[column] = value
@@ -328,14 +189,14 @@ def test_an_audit_of_other_rows_is_left_out_and_the_report_says_so(
     assert "run.audit.json was left out: it speaks of other rows than run.tsv has now; attack" in caplog.text + notes[0]
     assert "left out" in caplog.text
     for form in ("html", "md", "text", "latex"):
-        shown = render([record], form, audits, notes)
+        shown = render([record], form, audits, notes=notes)
         assert "left out" in shown
         assert "ontradictions: 0" not in shown
 
 
 def test_an_audit_without_a_digest_is_left_out(tmp_path: Path) -> None:
     record = ours(tmp_path)
-    path = save_audit(an_audit(broken=False), record)
+    path = save_audits({"all": an_audit(broken=False)}, record)
     value = json.loads(path.read_text())
     del value["record_sha256"]
     path.write_text(json.dumps(value))
@@ -345,13 +206,13 @@ def test_an_audit_without_a_digest_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["conditional", "committed"])
 def test_no_audit_of_what_is_not_certified_is_shown(tmp_path: Path, kind: Kind) -> None:
     record = ours(tmp_path, kind)
-    save_audit(an_audit(broken=False), record)
+    save_audits({"all": an_audit(broken=False)}, record)
     audits, (note,) = load_audits([record])
     assert audits == [None]
     assert f"{kind} certificates are not certified accuracy" in note
     for form in ("html", "json", "csv", "md"):
         with pytest.raises(ValueError, match=f"run holds {kind} certificates, which no attack audits"):
-            render([record], form, [an_audit(broken=False)])
+            render([record], form, [{"all": an_audit(broken=False)}])
 
 
 def silent_audit(*levels: int) -> Audit:
@@ -373,18 +234,18 @@ def silent_audit(*levels: int) -> Audit:
 
 def test_an_attack_that_only_abstained_reassures_nobody(tmp_path: Path) -> None:
     record = ours(tmp_path)
-    page = render([record], "html", [silent_audit(0, 1)])
+    page = render([record], "html", [{"all": silent_audit(0, 1)}])
     assert 'class="calm"' not in page
     assert "At budget 0.25, 0.5 the votes could decide nothing, so that says nothing there" in page
     assert "The attack's votes could decide nothing at budget 0.25, 0.5" in " ".join(Page(page).words().split())
     assert "the votes decided nothing; raise n" in audit_text(silent_audit(0, 1))
-    assert "the votes decided nothing; raise n" in render([record], "md", [silent_audit(0, 1)])
-    partly = Page(render([record], "html", [silent_audit(1)])).words()
+    assert "the votes decided nothing; raise n" in render([record], "md", [{"all": silent_audit(0, 1)}])
+    partly = Page(render([record], "html", [{"all": silent_audit(1)}])).words()
     assert "at budget 0.5: every input" in " ".join(partly.split())
     assert "Contradictions: 0 among 4 attacked inputs" in " ".join(partly.split())
-    (entry,) = json.loads(render([record], "json", [silent_audit(1)]))
+    (entry,) = json.loads(render([record], "json", [{"all": silent_audit(1)}]))
     assert entry["audit"]["undecided_budgets"] == [0.5]
-    assert "decide nothing" not in render([record], "html", [an_audit(broken=False)])
+    assert "decide nothing" not in render([record], "html", [{"all": an_audit(broken=False)}])
 
 
 def test_contradictions_are_counted_as_cases_and_as_inputs() -> None:
@@ -401,9 +262,66 @@ def test_contradictions_are_counted_as_cases_and_as_inputs() -> None:
 def test_one_number_has_one_name(tmp_path: Path) -> None:
     """Accuracy at radius 0 was shown as natural accuracy beside certified accuracy at radius 0."""
     record = ours(tmp_path)
-    assert "atural accuracy" not in render([record], "html")
-    assert "certified accuracy at radius 0<" in render([record], "html")
+    page = render([record], "html")
+    assert "natural accuracy" in page
+    assert "certified accuracy at radius 0<" not in page
+    assert ">r=0<" not in page
     assert "natural_accuracy" not in render([record], "json")
+
+
+def test_the_leaderboard_by_hand(tmp_path: Path) -> None:
+    broken, calm = an_audit(broken=True), an_audit(broken=False)
+    records = [ours(tmp_path, "conditional", "frozen"), cohen_like(tmp_path), ours(tmp_path, name="attacked")]
+    rows = leaderboard(records, [None, None, {"all": broken, "<pgd>": broken, "weak": calm}])
+    assert [row["record"] for row in rows] == ["attacked", "sigma_0.50", "frozen"]   # what is certified stands first
+    row, theirs, frozen = rows
+    assert {name: row[name] for name in ("kind", "inputs", "n", "alpha", "passes", "seconds", "abstain", "ACR")} == {
+        "kind": "certified", "inputs": "4", "n": "100", "alpha": "0.001", "passes": "110", "seconds": "0.1",
+        "abstain": "0.250", "ACR": "0.225",
+    }  # fmt: skip
+    # Right are input 3 at .6 and input 5 at .3; Clopper-Pearson of 2 and of 1 in 4 at 95 %, from tables
+    assert row["natural"] == "0.500 [0.068, 0.932]"
+    assert row["r=0.25"] == "0.500 [0.068, 0.932]"
+    assert row["r=0.5"] == "0.250 [0.006, 0.806]"
+    assert row["r=0.75"] == "0.000 [0.000, 0.602]"
+    assert "r=0" not in row   # it is the natural accuracy
+    assert row["false at most"] == "1"
+    assert row["contradictions"] == "1 case at 1 input"
+    # Of the four, input 9 is always wrong, and input 5 falls at .5, or at .25 already if its certificate is false.
+    assert [row[f"all attacked@{budget}"] for budget in ("0.25", "0.5")] == ["0.500", "0.500"]
+    assert [row[f"weak attacked@{budget}"] for budget in ("0.25", "0.5")] == ["0.750", "0.500"]
+    assert [row[f"weak gap@{budget}"] for budget in ("0.25", "0.5")] == ["0.250", "0.250"]
+    assert (theirs["alpha"], theirs["false at most"], theirs["contradictions"]) == ("", "", "not attacked")
+    assert theirs["seconds"] == f"{(7 * 16.6 + 14.206886) / 8:.3g}"
+    assert (frozen["false at most"], frozen["contradictions"], frozen["all gap@0.5"]) == ("", "not attacked", "")
+
+
+def test_an_attack_that_decided_nothing_is_no_clean_bill(tmp_path: Path) -> None:
+    record = ours(tmp_path)
+    (row,) = leaderboard([record], [{"all": silent_audit(0, 1)}])
+    assert row["contradictions"] == "undecided"
+    (row,) = leaderboard([record], [{"all": silent_audit(1)}])
+    assert row["contradictions"] == "0"
+
+
+def test_the_files_of_the_leaderboard(tmp_path: Path) -> None:
+    records = [ours(tmp_path, name="a_b"), ours(tmp_path, "committed", "kept")]
+    found = {"all": an_audit(broken=False), "p&d": an_audit(broken=False)}
+    markdown = write_leaderboard(records, tmp_path / "board", audits=[found, None])
+    assert (tmp_path / "board.md").read_text() == markdown
+    certified, _, rest = markdown.partition("### Committed by the memory (not certified accuracy)")
+    kept, _, attacks = rest.partition("### Under attack")
+    assert "| a_b " in certified
+    assert "| kept " not in certified
+    assert "| kept " in kept
+    assert "attacked@" not in certified
+    assert [line.split("|")[2].strip() for line in attacks.splitlines() if line.startswith("| a_b")] == ["all", "p&d"]
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "board.csv").read_text())))
+    assert rows == leaderboard(records, [found, None])
+    latex = (tmp_path / "board.tex").read_text()
+    assert latex.count("\\paragraph*{") == 3
+    assert "a\\_b" in latex
+    assert "p\\&d" in latex
 
 
 def test_the_demo_table_has_a_line_for_each_attack_and_budget(tmp_path: Path) -> None:
@@ -420,8 +338,14 @@ def test_wrong_requests_are_named(tmp_path: Path) -> None:
         write_report([record], "pdf", tmp_path / "a")
     with pytest.raises(ValueError, match="at least one record"):
         render([], "md")
-    with pytest.raises(ValueError, match="one entry for each of 1 records, got 0"):
+    with pytest.raises(ValueError, match="audits must hold one entry for each of 1 records, got 0"):
         render([record], "md", [])
+    with pytest.raises(ValueError, match="nearest must hold one entry for each of 1 records, got 2"):
+        render([record], "html", nearest=[None, None])
+    with pytest.raises(ValueError, match=r"those of sigma_0.50 must hold 'all', the worst of its attacks; got \['pgd'"):
+        render([record], "md", [{"pgd": an_audit(broken=False)}])
+    with pytest.raises(ValueError, match="must hold 'all'"):
+        write_leaderboard([record], tmp_path / "a", audits=[{}])
     assert not (tmp_path / "a").exists()
 
 

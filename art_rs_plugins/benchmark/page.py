@@ -1,111 +1,103 @@
-"""One self-contained HTML page out of records and audits."""
+"""One self-contained HTML page out of records, audits and adversarial examples."""
 
 from __future__ import annotations
 
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from importlib import resources
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
+from art_rs_plugins.benchmark.figures import audit_figure, curves_figure, figure_html, plotly_script
+from art_rs_plugins.benchmark.gallery import gallery
+from art_rs_plugins.benchmark.markup import html_table, markdown, svg
+from art_rs_plugins.benchmark.nearest import Nearest
 from art_rs_plugins.benchmark.plots import plot_audit, plot_certified_accuracy
 from art_rs_plugins.benchmark.records import Record
 from art_rs_plugins.benchmark.tables import (
+    LEGEND,
+    NOT_CERTIFIED,
     RADII,
-    TEXT,
+    RHO,
     Summary,
     accuracy_of,
-    audit_cells,
+    attack_cells,
+    attack_rows,
+    by_section,
     case_cells,
     cell,
     count_cases,
-    sections,
+    false_at_most,
+    filled,
+    leaderboard,
     undecided,
 )
 from art_rs_plugins.theory.audit import Audit
-from art_rs_plugins.theory.metrics import Curve, false_certificates_bound
+from art_rs_plugins.theory.metrics import Curve
 
-__all__ = ["render_page"]
+__all__ = ["Entry", "render_page"]
 
-_RHO = 0.001
+_HOME = resources.files("art_rs_plugins.benchmark")
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; "
+    "base-uri 'none'; form-action 'none'"
+)
+"""The browser itself refuses whatever the page might want from anywhere else."""
+
 _BAND = "Band: 95 %, exact binomial, at each radius on its own."
 
-_STYLE = """
-:root { --ink: #1c2430; --soft: #5b6675; --line: #dfe3e8; --panel: #f6f7f9; --blue: #1f5fa8; --alarm: #c40000; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 2.5rem 1.5rem 4rem; color: var(--ink); background: #fff;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .3rem; letter-spacing: -.01em; }
-h2 { font-size: 1.25rem; margin: 3rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line);
-  overflow-wrap: anywhere; }
-h3 { font-size: 1rem; margin: 1.8rem 0 .4rem; }
-p { max-width: 46rem; margin: .5rem 0; }
-.lead, .note { color: var(--soft); }
-.note { font-size: .9rem; }
-.calm { margin: 1.4rem 0; padding: .7rem 1rem; border-left: 4px solid #2f8f5b; background: #f1f8f4; }
-.open { margin: 1.4rem 0; padding: .7rem 1rem; border-left: 4px solid var(--soft); background: var(--panel); }
-.alarm { margin: 1.4rem 0; padding: 1rem 1.2rem; background: var(--alarm); color: #fff; font-size: 1.05rem; }
-.alarm strong { display: block; font-size: 1.5rem; line-height: 1.25; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem; margin: 1rem 0; }
-.tile { background: var(--panel); border-radius: 6px; padding: .8rem 1rem; }
-.tile b { display: block; font-size: 1.55rem; font-weight: 600; line-height: 1.2; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--soft); font-size: .85rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; margin: .6rem 0; }
-th, td { padding: .34rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
-th.text, td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-p.calm, p.open { max-width: none; }
-figure { margin: 1rem 0; }
-svg { display: block; width: 100%; max-width: 52rem; height: auto; }
-svg text { font-family: system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif !important; }
-figcaption { color: var(--soft); font-size: .9rem; max-width: 46rem; }
-details { margin: .8rem 0; }
-summary { cursor: pointer; color: var(--blue); }
-pre { background: var(--panel); padding: .9rem 1rem; font-size: .8rem; overflow-x: auto; border-radius: 6px; }
-"""
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a page says about one record."""
+
+    label: str
+    record: Record
+    summary: Summary
+    audits: Mapping[str, Audit] | None
+    nearest: Nearest | None
 
 
-def _html_table(rows: Sequence[Mapping[str, str]]) -> str:
-    def cells(tag: str, values: Mapping[str, str]) -> str:
-        parts = []
-        for name, value in values.items():
-            kind = ' class="text"' if name in TEXT else ""
-            parts.append(f"<{tag}{kind}>{html.escape(value)}</{tag}>")
-        return f"<tr>{''.join(parts)}</tr>"
-
-    body = "".join(cells("td", row) for row in rows)
-    head = cells("th", {name: name for name in rows[0]})
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+def _grid(end: float) -> NDArray[np.float64]:
+    """Round radii from 0 to beyond `end`, as finely as a picture shows them."""
+    scale = 10.0 ** np.floor(np.log10(end / 200.0))
+    step = scale * min(factor for factor in (1, 2.5, 5, 10) if factor * scale * 400 >= end)
+    return np.asarray(np.round(np.arange(np.ceil(end / step) + 1) * step, 9), dtype=np.float64)
 
 
-def _svg(draw: Any) -> str:
-    """Inline SVG of what `draw` puts on fresh axes; text stays text, and nothing refers to the outside."""
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "art_rs_plugins", "font.size": 11}):
-        figure = Figure(figsize=(8.2, 4.4), layout="constrained")
-        draw(figure.subplots())
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    drawing = stream.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
-    for namespace in ('xmlns:xlink="http://www.w3.org/1999/xlink"', 'xmlns="http://www.w3.org/2000/svg"'):
-        drawing = drawing.replace(namespace, "", 1)  # HTML needs neither
-    return drawing
+def _reach(record: Record) -> float:
+    return max(float(record.radius.max()) * 1.04, 0.25)
 
 
-def _fine(record: Record) -> Curve:
-    """Accuracy by radius, as finely as a picture shows it."""
-    return accuracy_of(record, np.linspace(0.0, max(float(record.radius.max()) * 1.04, 0.25), 401))
+def _curve_under(audit: Audit, record: Record) -> Curve:
+    """Certified accuracy of the inputs that were attacked, as a staircase that is never above it between budgets."""
+    if audit.total == len(record):
+        return accuracy_of(record, _grid(max(_reach(record), float(audit.budgets[-1]))))
+    known = audit.certified
+    radii = np.unique(np.concatenate([known.radii, np.nextafter(known.radii[:-1], np.inf)]))
+    level = np.searchsorted(known.radii, radii)
+    return Curve(
+        radii, known.accuracy[level], known.lower[level], known.upper[level], known.total, known.confidence
+    )
 
 
-def _banner(audits: Sequence[Audit | None], notes: Sequence[str]) -> str:
+def _figure(name: str, live: str, static: str, caption: str, rows: Sequence[Mapping[str, str]]) -> str:
+    """A plot with its caption, what stands for it on paper and without scripts, and its numbers as a table."""
+    return (
+        f'<figure id="{name}">\n<div class="live">{live}</div>\n<div class="static">{static}</div>\n'
+        f"<figcaption>{caption}</figcaption>\n"
+        f'<details class="data"><summary>Numbers of this plot</summary>{html_table(rows, "Numbers of this plot")}'
+        "</details>\n</figure>"
+    )
+
+
+def _banner(entries: Sequence[Entry], notes: Sequence[str]) -> str:
     """What the attacks found, before anything else is said."""
-    done = [audit for audit in audits if audit is not None]
+    done = [entry.audits["all"] for entry in entries if entry.audits is not None]
     parts = [f'<p class="open">{html.escape(note)}</p>' for note in notes]
     idle = sorted({budget for audit in done for budget in undecided(audit)})
     if idle:
@@ -117,11 +109,18 @@ def _banner(audits: Sequence[Audit | None], notes: Sequence[str]) -> str:
     if not done:
         parts.append('<p class="open">No attack is shown: nobody looked for contradictions.</p>')
     elif any(audit.contradictions for audit in done):
+        cases = [
+            {"record": entry.label, **row}
+            for entry in entries
+            if entry.audits is not None
+            for row in case_cells(entry.audits["all"].contradictions)
+        ]
         parts.insert(
             0,
             f'<div class="alarm" role="alert"><strong>Contradictions: {count_cases(done)}</strong> Adversarial inputs '
             "lie inside certified balls, and fresh draws confirmed their class. More of them than alpha allows means "
-            "that something is broken: do not rely on these certificates. They are listed below, input by input.</div>",
+            "that something is broken: do not rely on these certificates.</div>"
+            + html_table(cases, "Contradictions by input"),
         )
     elif not all(len(undecided(audit)) == len(audit.budgets) for audit in done):
         attempts = sum(audit.total for audit in done)
@@ -129,11 +128,56 @@ def _banner(audits: Sequence[Audit | None], notes: Sequence[str]) -> str:
     return "".join(parts)
 
 
+def _leaderboard(entries: Sequence[Entry]) -> str:
+    """The tables that compare: what is certified, what is not, and what attacks left."""
+    rows = leaderboard([entry.record for entry in entries], [entry.audits for entry in entries])
+    parts = []
+    for title, table in by_section(rows).items():
+        parts += [f"<h3>{title.capitalize()}</h3>", html_table(table, title)]
+    attacked = filled([row for entry in entries for row in attack_rows(entry.label, entry.audits or {})])
+    if attacked:
+        parts += ["<h3>Under attack</h3>", html_table(attacked, "Under attack")]
+    return "\n".join([*parts, f'<p class="note">{LEGEND}</p>'])
+
+
+def _curves(entries: Sequence[Entry], name: str, caption: str) -> str:
+    """Accuracy by radius of records of one section."""
+    grid = _grid(max(_reach(entry.record) for entry in entries))
+    curves = {entry.label: accuracy_of(entry.record, grid) for entry in entries}
+    rows = [
+        {"r": f"{grid[at]:.4g}"}
+        | {
+            label: f"{curve.accuracy[at]:.3f} [{curve.lower[at]:.3f}, {curve.upper[at]:.3f}]"
+            for label, curve in curves.items()
+        }
+        for at in range(0, len(grid), 20)
+    ]
+    return _figure(
+        name,
+        figure_html(curves_figure(curves), f"{name}-plot"),
+        svg(lambda axes: plot_certified_accuracy(curves, axes)),
+        f"{caption} by radius: the fraction of all inputs that are right with at least that radius; an abstention is "
+        f"wrong. {_BAND}",
+        rows,
+    )
+
+
+def _all_curves(entries: Sequence[Entry]) -> list[tuple[str, str]]:
+    """One chapter for what is certified and one for each kind that is not."""
+    parts = []
+    for kind, section in {"certified": "certified", **NOT_CERTIFIED}.items():
+        chosen = [entry for entry in entries if entry.summary.section == section]
+        if chosen:
+            title = "Certified accuracy" if kind == "certified" else f"Accuracy, {section}"
+            parts.append((f"{title} by radius", _curves(chosen, f"curves-{kind}", title)))
+    return parts
+
+
 def _tiles(summary: Summary) -> str:
     half = float(summary.curve.accuracy[RADII.index(0.5)])
     word = "certified accuracy" if summary.section == "certified" else f"{summary.kind} accuracy"
     tiles = (
-        (f"{summary.curve.accuracy[0]:.1%}", f"{word} at radius 0"),
+        (f"{summary.curve.accuracy[0]:.1%}", "natural accuracy"),
         (f"{half:.1%}", f"{word} at radius 0.5"),
         (f"{summary.acr:.3f}", "average radius (ACR)"),
         (f"{summary.abstain_rate:.1%}", "abstained"),
@@ -162,80 +206,103 @@ def _guarantee(record: Record, summary: Summary) -> str:
             "Each certificate is false with probability at most alpha over its own noise: the smoothed classifier "
             "keeps its class for every input closer than the radius, in l2."
         )
-        largest = record.columns["alpha"].max() if "alpha" in record.columns else summary.alpha
-        if largest is None:
+        bound = false_at_most(record, summary)
+        if bound is None:
             text.append("alpha is not recorded, so nothing can be said about the whole set.")
         else:
-            bound = false_certificates_bound(summary.rows, float(largest), rho=_RHO)
             text.append(
-                f"About the set: with probability at least {1 - _RHO:g}, at most {bound} of the {summary.rows:,} "
+                f"About the set: with probability at least {1 - RHO:g}, at most {bound} of the {summary.rows:,} "
                 "certificates are false."
             )
     return "".join(f"<p>{sentence}</p>" for sentence in text)
 
 
-def _nothing_found(audit: Audit) -> str:
-    budgets = ", ".join(f"{budget:g}" for budget in undecided(audit))
-    doubt = f" At budget {budgets} the votes could decide nothing, so that says nothing there." if budgets else ""
-    return f'<p class="note">No attack found another class inside a certified ball.{doubt}</p>'
+def _attacks(audits: Mapping[str, Audit], record: Record, name: str) -> str:
+    """The bracket of one record's robust accuracy."""
+    worst = audits["all"]
+    curve = _curve_under(worst, record)
+
+    def draw(axes: Axes) -> None:
+        plot_audit(worst, curve, axes)
+
+    picture = _figure(
+        name,
+        figure_html(audit_figure(audits, curve), f"{name}-plot"),
+        svg(draw),
+        "The true robust accuracy lies between the certified curve and what the attacks left, over "
+        f"{worst.total:,} inputs. {_BAND}",
+        attack_cells(audits),
+    )
+    if worst.contradictions:
+        verdict = "Listed on top, input by input."
+    else:
+        budgets = ", ".join(f"{budget:g}" for budget in undecided(worst))
+        verdict = "No attack found another class inside a certified ball." + (
+            f" At budget {budgets} the votes could decide nothing, so that says nothing there." if budgets else ""
+        )
+    return (
+        f"<h3>Under attack</h3>\n{picture}\n<h3>Contradictions: {count_cases([worst])}</h3>"
+        f'<p class="note">{verdict}</p>'
+    )
 
 
-def _section(label: str, record: Record, summary: Summary, audit: Audit | None) -> str:
+def _section(entry: Entry, name: str) -> str:
     """Everything about one record."""
-    heading = html.escape(label) + ("" if summary.section == "certified" else f" &ndash; {summary.section}")
-    parts = [f"<h2>{heading}</h2>", _tiles(summary)]
-    if audit is not None:
-        # An attack on some of the inputs brackets the accuracy on those, not on all.
-        curve = _fine(record) if audit.total == len(record) else audit.certified
-
-        def draw(ax: Axes) -> None:
-            plot_audit(audit, curve, ax)
-
-        parts += [
-            f"<figure>{_svg(draw)}<figcaption>The true robust accuracy lies between the certified curve and what the "
-            f"attacks left, over {audit.total:,} inputs. {_BAND}</figcaption></figure>",
-            "<h3>Under attack</h3>",
-            _html_table(audit_cells(audit)),
-            f"<h3>Contradictions: {count_cases([audit])}</h3>",
-            _html_table(case_cells(audit.contradictions))
-            if audit.contradictions
-            else _nothing_found(audit),
-        ]
-    parts += ["<h3>What is guaranteed</h3>", _guarantee(record, summary)]
-    if record.manifest is not None:
-        manifest = html.escape(json.dumps(record.manifest, indent=2))
-        parts.append(f"<details><summary>Manifest</summary><pre>{manifest}</pre>\n</details>")
+    parts = [_tiles(entry.summary)]
+    if entry.audits is not None:
+        parts.append(_attacks(entry.audits, entry.record, name))
+    if entry.nearest is not None:
+        parts += ["<h3>Nearest adversarial examples</h3>", gallery(entry.nearest, entry.record)]
+    parts += ["<h3>What is guaranteed</h3>", _guarantee(entry.record, entry.summary)]
     return "\n".join(parts)
 
 
-def render_page(
-    labels: Sequence[str],
-    records: Sequence[Record],
-    summaries: Sequence[Summary],
-    audits: Sequence[Audit | None],
-    notes: Sequence[str],
-) -> str:
-    """One self-contained page: alarms first, then curves, tables and each record."""
-    parts = ["<h1>Certified robustness</h1>"]
-    parts += ['<p class="lead">Randomized smoothing; l2 radii in the units of the input.</p>', _banner(audits, notes)]
-    for title, rows in sections(labels, summaries).items():
-        chosen = {row["record"] for row in rows}
-        curves = {label: _fine(record) for label, record in zip(labels, records, strict=True) if label in chosen}
+def _reproduce(entries: Sequence[Entry]) -> str:
+    """Command, seed, versions and digests of each record, as far as its manifest says them."""
+    parts = ["<p>The same command, seed, versions and device give the same certificates.</p>"]
+    for entry in entries:
+        manifest = entry.record.manifest
+        parts.append(f"<h3>{html.escape(entry.label)}</h3>")
+        if manifest is None:
+            parts.append(f'<p class="note">{html.escape(entry.record.path.name)} has no manifest beside it.</p>')
+            continue
+        versions = manifest.get("versions", {})
+        facts = {name: manifest.get(name) for name in ("seed", "device", "performance", "block")}
+        facts |= {name: f"{versions[name]}" for name in versions}
+        facts |= {name: value for name, value in manifest.items() if name.endswith("_sha256")}
+        rows = [{"what": name, "value": f"{value}"} for name, value in facts.items() if value is not None]
+        parts += [f"<pre>{html.escape(str(manifest['command']))}</pre>"] if "command" in manifest else []
+        parts += [f"<details><summary>Seed, versions and digests</summary>{html_table(rows, 'Facts')}</details>"]
+        whole = html.escape(json.dumps(manifest, indent=2))
+        parts.append(f"<details><summary>Manifest</summary><pre>{whole}</pre>\n</details>")
+    return "\n".join(parts)
 
-        def draw(ax: Axes, curves: dict[str, Curve] = curves) -> None:
-            plot_certified_accuracy(curves, ax)
 
-        caption = "Certified accuracy" if title == "certified" else f"Accuracy, {title}"
-        parts += [
-            f"<h3>{caption}</h3>",
-            f"<figure>{_svg(draw)}<figcaption>{caption} by radius: the fraction of all inputs that are right with at "
-            f"least that radius; an abstention is wrong. {_BAND}</figcaption></figure>",
-            _html_table(rows),
-        ]
-    parts += [_section(*entry) for entry in zip(labels, records, summaries, audits, strict=True)]
+def render_page(entries: Sequence[Entry], notes: Sequence[str], extras: Sequence[tuple[str, str]]) -> str:
+    """One self-contained page: alarms first, then the leaderboard, curves, each record, and how to do it again."""
+    chapters = [("Leaderboard", _leaderboard(entries)), *_all_curves(entries)]
+    for number, entry in enumerate(entries, start=1):
+        suffix = "" if entry.summary.section == "certified" else f", {entry.summary.section}"
+        chapters.append((entry.label + suffix, _section(entry, f"record-{number}")))
+    chapters += [(title, markdown(text)) for title, text in extras]
+    chapters.append(("How to reproduce", _reproduce(entries)))
+    links, parts = [], []
+    for number, (title, content) in enumerate(chapters, start=1):
+        name, heading = f"part-{number}", html.escape(title)
+        links.append(f'<li><a href="#{name}">{heading}</a></li>')
+        parts.append(f'<section aria-labelledby="{name}">\n<h2 id="{name}">{heading}</h2>\n{content}\n</section>')
+    style, script = ((_HOME / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Certified robustness: {html.escape(', '.join(labels))}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f"<body>\n{chr(10).join(parts)}\n</body>\n</html>\n"
+        f"<title>Certified robustness: {html.escape(', '.join(entry.label for entry in entries))}</title>\n"
+        f"<style>{style}</style>\n"
+        "<noscript><style>.live { display: none; } .static { display: block; }</style></noscript>\n</head>\n"
+        '<body>\n<a class="skip" href="#main">Skip to the results</a>\n<header>\n<h1>Certified robustness</h1>\n'
+        '<p class="lead">Randomized smoothing; l2 radii in the units of the input.</p>\n'
+        f"<nav aria-label=\"Contents\"><ul>{''.join(links)}</ul></nav>\n</header>\n"
+        f'<main id="main" tabindex="-1">\n{_banner(entries, notes)}\n{plotly_script()}\n'
+        f"{chr(10).join(parts)}\n</main>\n"
+        f"<script>{script}</script>\n</body>\n</html>\n"
     )

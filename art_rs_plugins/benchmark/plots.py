@@ -12,10 +12,14 @@ from numpy.typing import NDArray
 from art_rs_plugins.theory.audit import Audit
 from art_rs_plugins.theory.metrics import Curve
 
-__all__ = ["plot_audit", "plot_certified_accuracy"]
+__all__ = ["ALARM", "COLOURS", "bracket", "plot_audit", "plot_certified_accuracy"]
 
-_COLOURS = ("#1f5fa8", "#c8641b", "#2f8f5b", "#7d4fa3", "#8a6d3b", "#3a8fa0", "#b03a6f", "#5f6b7a")
-_ATTACK, _ALARM, _INK = "#b8860b", "#d40000", "#333333"
+COLOURS = ("#3b82c4", "#d9752b", "#36a269", "#9a6bc9", "#b08a3e", "#2f9fb3", "#d4578f", "#758a2e")
+"""Colours of curves, told apart from one another, from white and from black."""
+ALARM = "#e02020"
+"""Colour of contradictions."""
+_ATTACK, _INK = COLOURS[1], "#333333"
+_LONG = 40   # letters of a name that leave room for the curves
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -64,17 +68,24 @@ def plot_certified_accuracy(curves: Mapping[str, Curve], ax: Axes | None = None)
         raise ValueError("curves must hold at least one curve")
     ax = _axes(ax)
     for number, curve in enumerate(curves.values()):
-        _draw_curve(ax, curve, _COLOURS[number % len(_COLOURS)])
+        _draw_curve(ax, curve, COLOURS[number % len(COLOURS)])
     legend = ax.legend(ax.lines[-len(curves) :], ["-"] * len(curves), frameon=False)
     for text, name in zip(legend.get_texts(), curves, strict=True):
         text.set_parse_math(False)  # a "$" in a file's name is no formula
-        text.set_text(name)
+        text.set_text(name if len(name) <= _LONG else f"…{name[1 - _LONG :]}")
     return _finish(ax, max(float(curve.radii[-1]) for curve in curves.values()))
 
 
-def _upper_bound(audit: Audit, radii: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Attacked accuracy at each radius: robust accuracy cannot rise, so a budget's value holds up to the next one."""
-    return np.asarray(audit.attacked[np.searchsorted(audit.budgets, radii, side="right") - 1], dtype=np.float64)
+def bracket(audit: Audit, curve: Curve) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Radii from the first budget to the last, and both ends of the bracket of the true robust accuracy at them.
+
+    Robust accuracy cannot rise with the radius, so what an attack left at one budget holds up to the next one.
+    """
+    inside = curve.radii[(curve.radii > audit.budgets[0]) & (curve.radii < audit.budgets[-1])]
+    just_before = np.nextafter(audit.budgets[1:], 0.0)   # both sides of a step
+    radii = np.unique(np.concatenate([audit.budgets, just_before, inside]))
+    upper = audit.attacked[np.searchsorted(audit.budgets, radii, side="right") - 1]
+    return radii, np.interp(radii, curve.radii, curve.accuracy), upper
 
 
 def plot_audit(audit: Audit, curve: Curve, ax: Axes | None = None) -> Axes:
@@ -95,13 +106,10 @@ def plot_audit(audit: Audit, curve: Curve, ax: Axes | None = None) -> Axes:
         Every contradiction is a red cross at the distance of its adversarial input.
     """
     ax = _axes(ax)
-    _draw_curve(ax, curve, _COLOURS[0])
+    _draw_curve(ax, curve, COLOURS[0])
     certified = ax.lines[-1]
     end = float(audit.budgets[-1])
-    inside = curve.radii[(curve.radii > audit.budgets[0]) & (curve.radii < end)]
-    just_before = np.nextafter(audit.budgets[1:], 0.0)  # both sides of a step
-    radii = np.unique(np.concatenate([audit.budgets, just_before, inside]))
-    upper, lower = _upper_bound(audit, radii), np.interp(radii, curve.radii, curve.accuracy)
+    radii, lower, upper = bracket(audit, curve)
     gap = ax.fill_between(radii, lower, upper, where=list(upper >= lower), color=_ATTACK, alpha=0.13, linewidth=0)
     (attacked,) = ax.plot(
         audit.budgets, audit.attacked, color=_ATTACK, linewidth=1.8, marker="o", markersize=4, drawstyle="steps-post"
@@ -111,7 +119,7 @@ def plot_audit(audit: Audit, curve: Curve, ax: Axes | None = None) -> Axes:
     if cases:
         distances = [case.distance for case in cases]
         (marks,) = ax.plot(
-            distances, np.interp(distances, curve.radii, curve.accuracy), "X", color=_ALARM, markersize=11, zorder=5
+            distances, np.interp(distances, curve.radii, curve.accuracy), "X", color=ALARM, markersize=11, zorder=5
         )
         handles, names = [marks, *handles], [f"contradictions: {len(cases)}", *names]
     ax.legend(handles, names, frameon=False)

@@ -16,15 +16,22 @@ from tabulate import tabulate
 
 from art_rs_plugins.benchmark.audits import AUDITED
 from art_rs_plugins.benchmark.files import write_atomic
-from art_rs_plugins.benchmark.page import render_page
+from art_rs_plugins.benchmark.nearest import Nearest
+from art_rs_plugins.benchmark.page import Entry, render_page
 from art_rs_plugins.benchmark.records import Record, write_parquet
 from art_rs_plugins.benchmark.tables import (
+    LEGEND,
     RADII,
     TEXT,
     Summary,
+    attack_cells,
+    attack_rows,
     audit_cells,
+    by_section,
     case_cells,
     count_cases,
+    filled,
+    kind_of,
     leaderboard,
     record_labels,
     sections,
@@ -43,7 +50,7 @@ def _by_radius(values: NDArray[np.float64], radii: Iterable[float] = RADII) -> d
     return {f"{radius:g}": float(value) for radius, value in zip(radii, values, strict=True)}
 
 
-def _as_json(label: str, summary: Summary, audit: Audit | None) -> dict[str, Any]:
+def _as_json(label: str, summary: Summary, audits: Mapping[str, Audit] | None) -> dict[str, Any]:
     """One record as JSON values; what is not certified stands under other names than what is."""
     values: dict[str, Any] = {"record": label}
     values |= {name: getattr(summary, name) for name in ("rows", "sigma", "n", "n0", "alpha", "kind", "abstain_rate")}
@@ -58,17 +65,22 @@ def _as_json(label: str, summary: Summary, audit: Audit | None) -> dict[str, Any
     else:
         values |= {"acr": None, "certified_accuracy": None}
         values |= {f"{summary.kind}_acr": summary.acr, f"{summary.kind}_accuracy": accuracy}
-    if audit is not None:
-        values["audit"] = {
-            "inputs": audit.total,
-            "contradictions": len(audit.contradictions),
-            "contradicted_inputs": len({case.index for case in audit.contradictions}),
-            "undecided_budgets": undecided(audit),
-            "attacked_accuracy": _by_radius(audit.attacked, audit.budgets),
-            "certified_accuracy": _by_radius(audit.certified.accuracy, audit.budgets),
-            "cases": [asdict(case) for case in audit.contradictions],
-        }
+    if audits is not None:
+        values["audit"] = _audit_json(audits["all"])
+        values["attacks"] = {name: _audit_json(audit) for name, audit in audits.items() if name != "all"}
     return values
+
+
+def _audit_json(audit: Audit) -> dict[str, Any]:
+    return {
+        "inputs": audit.total,
+        "contradictions": len(audit.contradictions),
+        "contradicted_inputs": len({case.index for case in audit.contradictions}),
+        "undecided_budgets": undecided(audit),
+        "attacked_accuracy": _by_radius(audit.attacked, audit.budgets),
+        "certified_accuracy": _by_radius(audit.certified.accuracy, audit.budgets),
+        "cases": [asdict(case) for case in audit.contradictions],
+    }
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -123,12 +135,7 @@ def demo_table(results: Sequence[tuple[float, Record, Mapping[str, Audit]]]) -> 
     results : sequence of (sigma, record, audits by the name of the attack)
         At least one.
     """
-    rows = [
-        {"sigma": f"{sigma:g}", "attack": name, **cells}
-        for sigma, _, audits in results
-        for name, audit in audits.items()
-        for cells in audit_cells(audit)
-    ]
+    rows = [{"sigma": f"{sigma:g}", **cells} for sigma, _, audits in results for cells in attack_cells(audits)]
     return render([record for _, record, _ in results], "text") + "\n" + _table(rows, "simple")
 
 
@@ -136,10 +143,11 @@ def _tables(
     form: str,
     labels: Sequence[str],
     summaries: Sequence[Summary],
-    audits: Sequence[Audit | None],
+    attacks: Sequence[Mapping[str, Audit] | None],
     notes: Sequence[str],
+    extras: Sequence[tuple[str, str]],
 ) -> str:
-    """Markdown, LaTeX or plain text: a table for each section, then one for each audit."""
+    """Markdown, LaTeX or plain text: a table for each section, then one for each record's attacks."""
     style, heading = {
         "md": ("github", "## {}"),
         "latex": ("latex_booktabs", "\\paragraph*{{{}}}"),
@@ -149,12 +157,14 @@ def _tables(
     for title, rows in sections(labels, summaries).items():
         names = "Certified accuracy by l2 radius" if title == "certified" else f"Accuracy by l2 radius, {title}"
         parts += [heading.format(names), _table(rows, style)]
-    for label, audit in zip(labels, audits, strict=True):
-        if audit is not None:
-            title = f"Attacks on {label} - contradictions: {count_cases([audit])}"
+    for label, audits in zip(labels, attacks, strict=True):
+        if audits is not None:
+            worst = audits["all"]
+            title = f"Attacks on {label} - contradictions: {count_cases([worst])}"
             parts += [heading.format(_escape_latex(title) if form == "latex" else title)]
-            parts += [_table(audit_cells(audit), style), *_undecided(audit)]
-            parts += [_table(case_cells(audit.contradictions), style)] if audit.contradictions else []
+            parts += [_table(attack_cells(audits), style), *_undecided(worst)]
+            parts += [_table(case_cells(worst.contradictions), style)] if worst.contradictions else []
+    parts += [part for title, text in extras for part in (heading.format(title), text)] if form != "latex" else []
     parts += [_escape_latex(note) if form == "latex" else note for note in notes]
     return "\n\n".join(parts) + "\n"
 
@@ -164,10 +174,29 @@ def _escape_latex(text: str) -> str:
     return "".join(special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)
 
 
+def _by_attack(
+    records: Sequence[Record], audits: Sequence[Mapping[str, Audit] | None] | None
+) -> list[Mapping[str, Audit] | None]:
+    """For each record its audits by attack, checked."""
+    attacks: list[Mapping[str, Audit] | None] = [None] * len(records) if audits is None else list(audits)
+    if len(attacks) != len(records):
+        raise ValueError(f"audits must hold one entry for each of {len(records)} records, got {len(attacks)}")
+    for label, record, found in zip(record_labels(records), records, attacks, strict=True):
+        kind = kind_of(record)
+        if found is not None and kind is not None and kind not in AUDITED:
+            raise ValueError(f"audits: {label} holds {kind} certificates, which no attack audits; give None")
+        if found is not None and "all" not in found:
+            raise ValueError(f"audits: those of {label} must hold 'all', the worst of its attacks; got {list(found)}")
+    return attacks
+
+
 def render(
     records: Sequence[Record],
     format: str,
-    audits: Sequence[Audit | None] | None = None,
+    audits: Sequence[Mapping[str, Audit] | None] | None = None,
+    *,
+    nearest: Sequence[Nearest | None] | None = None,
+    extras: Sequence[tuple[str, str]] = (),
     notes: Sequence[str] = (),
 ) -> str:
     """Render records as text.
@@ -178,9 +207,14 @@ def render(
         At least one.
     format : str
         ``html`` (one self-contained page), ``md``, ``csv``, ``latex``, ``json`` or ``text``.
-    audits : sequence of Audit or None, optional
-        The attacks on each record, in the same order; None where there was none. CSV has their counts and accuracies,
-        but no list of cases.
+    audits : sequence of mappings or None, optional
+        For each record, in the same order, its audits by attack, with ``"all"`` for the worst of them; None where
+        there was none. CSV has counts and accuracies, but no list of cases.
+    nearest : sequence of Nearest or None, optional
+        For each record the nearest adversarial examples that were found; shown in HTML alone.
+    extras : sequence of (str, str)
+        Title and text of further chapters: paragraphs and tables of Markdown. LaTeX, JSON and CSV have no place for
+        them.
     notes : sequence of str
         Sentences to show with them, such as why an audit was left out; JSON and CSV have no place for them.
 
@@ -191,33 +225,35 @@ def render(
     Raises
     ------
     ValueError
-        For no records, an unknown format, another number of audits than of records, or an audit of certificates that
-        are not certified accuracy.
+        For no records, an unknown format, another number of audits or of examples than of records, audits without
+        ``"all"``, or an audit of certificates that are not certified accuracy.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if not records:
         raise ValueError("records must hold at least one record")
-    attacks = [None] * len(records) if audits is None else list(audits)
-    if len(attacks) != len(records):
-        raise ValueError(f"audits must hold one entry for each of {len(records)} records, got {len(attacks)}")
+    attacks = _by_attack(records, audits)
+    examples = [None] * len(records) if nearest is None else list(nearest)
+    if len(examples) != len(records):
+        raise ValueError(f"nearest must hold one entry for each of {len(records)} records, got {len(examples)}")
     labels, summaries = record_labels(records), [summarize(record) for record in records]
-    for label, summary, audit in zip(labels, summaries, attacks, strict=True):
-        if audit is not None and summary.kind is not None and summary.kind not in AUDITED:
-            raise ValueError(f"audits: {label} holds {summary.kind} certificates, which no attack audits; give None")
     if format in ("json", "csv"):
         entries = [_as_json(*parts) for parts in zip(labels, summaries, attacks, strict=True)]
         return _csv(entries) if format == "csv" else json.dumps(entries, indent=2, allow_nan=False) + "\n"
     if format == "html":
-        return render_page(labels, records, summaries, attacks, notes)
-    return _tables(format, labels, summaries, attacks, notes)
+        parts = zip(labels, records, summaries, attacks, examples, strict=True)
+        return render_page([Entry(*part) for part in parts], notes, extras)
+    return _tables(format, labels, summaries, attacks, notes, extras)
 
 
 def write_report(
     records: Sequence[Record],
     format: str,
     output: str | Path,
-    audits: Sequence[Audit | None] | None = None,
+    *,
+    audits: Sequence[Mapping[str, Audit] | None] | None = None,
+    nearest: Sequence[Nearest | None] | None = None,
+    extras: Sequence[tuple[str, str]] = (),
     notes: Sequence[str] = (),
 ) -> None:
     """Write what `render` returns, or the rows themselves as ``parquet``, to a file; whole or not at all.
@@ -230,12 +266,14 @@ def write_report(
     if format == "parquet":
         write_parquet(records, output)
     elif format in FORMATS:
-        write_atomic(output, render(records, format, audits, notes).encode())
+        write_atomic(output, render(records, format, audits, nearest=nearest, extras=extras, notes=notes).encode())
     else:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, parquet, got {format!r}")
 
 
-def write_leaderboard(records: Sequence[Record], stem: Path) -> str:
+def write_leaderboard(
+    records: Sequence[Record], stem: Path, *, audits: Sequence[Mapping[str, Audit] | None] | None = None
+) -> str:
     """Write the table that compares records as Markdown, CSV and LaTeX beside one another; returns the Markdown.
 
     Parameters
@@ -244,12 +282,30 @@ def write_leaderboard(records: Sequence[Record], stem: Path) -> str:
         At least one.
     stem : Path
         ``runs/leaderboard`` writes ``runs/leaderboard.md``, ``.csv`` and ``.tex``.
+    audits : sequence of mappings or None, optional
+        As in `render`.
+
+    Notes
+    -----
+    CSV is one table with all columns of `leaderboard`; Markdown and LaTeX have one for what is certified, one for each
+    kind that is not, and one for the attacks.
     """
-    rows = leaderboard(records)
-    note = "Accuracy by l2 radius, [95 % band]; what is not certified or exact is no certified accuracy."
-    markdown = f"{_table(rows, 'github')}\n\n{note}\n"
+    attacks = _by_attack(records, audits)
+    rows = leaderboard(records, attacks)
+    tables = by_section(rows)
+    pairs = zip(record_labels(records), attacks, strict=True)
+    attacked = filled([row for label, found in pairs for row in attack_rows(label, found or {})])
+    if attacked:
+        tables["under attack"] = attacked
+    markdown = "\n".join(f"### {title.capitalize()}\n\n{_table(rows, 'github')}\n" for title, rows in tables.items())
+    markdown += f"\n{LEGEND}\n"
+    latex = "\n".join(f"\\paragraph*{{{title.capitalize()}}}\n{_latex(rows)}" for title, rows in tables.items())
     write_atomic(stem.with_suffix(".md"), markdown.encode())
     write_atomic(stem.with_suffix(".csv"), _csv(rows).encode())
-    escaped = [{_escape_latex(name): _escape_latex(value) for name, value in row.items()} for row in rows]
-    write_atomic(stem.with_suffix(".tex"), _table(escaped, "latex_raw").encode())
+    write_atomic(stem.with_suffix(".tex"), latex.encode())
     return markdown
+
+
+def _latex(rows: Sequence[Mapping[str, str]]) -> str:
+    escaped = [{_escape_latex(name): _escape_latex(value) for name, value in row.items()} for row in rows]
+    return _table(escaped, "latex_raw")

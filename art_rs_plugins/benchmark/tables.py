@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +11,30 @@ from numpy.typing import NDArray
 
 from art_rs_plugins.benchmark.records import Record
 from art_rs_plugins.theory.audit import Audit, Contradiction
-from art_rs_plugins.theory.metrics import Curve, abstention_rate, accuracy_curve, average_certified_radius
+from art_rs_plugins.theory.metrics import (
+    Curve,
+    abstention_rate,
+    accuracy_curve,
+    average_certified_radius,
+    false_certificates_bound,
+)
 
 __all__ = [
+    "LEGEND",
     "RADII",
+    "RHO",
     "Summary",
     "accuracy_of",
+    "attack_cells",
+    "attack_rows",
     "audit_cells",
     "audit_table",
+    "by_section",
     "case_cells",
     "cell",
     "count_cases",
+    "false_at_most",
+    "filled",
     "kind_of",
     "leaderboard",
     "record_labels",
@@ -33,7 +46,19 @@ __all__ = [
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Radii of the tables, in the units of the input."""
 
-TEXT = ("record", "attack", "kind")
+RHO = 0.001
+"""Failure probability of the statement on how many certificates of a set are false."""
+
+LEGEND = (
+    "natural: answered right, an abstention is wrong. r: right with at least this l2 radius; [95 % band of the "
+    "population]. passes, seconds: mean of an input. ACR: average certified radius, which grows with n. false at most: "
+    f"bound on the false certificates of the set, with probability {1 - RHO:g}. attacked: not brought to a wrong class "
+    "within the l2 budget, an upper bound of the robust accuracy; gap: attacked minus certified, both as fractions of "
+    "the inputs attacked. What is not certified or exact is no certified accuracy."
+)
+"""What the columns of the leaderboard mean."""
+
+TEXT = ("record", "attack", "kind", "contradictions")
 """Columns of words; all others are numbers, and stand to the right."""
 
 NOT_CERTIFIED = {
@@ -178,36 +203,112 @@ def sections(labels: Sequence[str], summaries: Sequence[Summary]) -> dict[str, l
     return tables
 
 
-def leaderboard(records: Sequence[Record]) -> list[dict[str, str]]:
-    """Rows of the table that compares records: accuracy with its 95 % band at the radii that were asked for.
+def leaderboard(
+    records: Sequence[Record], audits: Sequence[Mapping[str, Audit] | None] | None = None
+) -> list[dict[str, str]]:
+    """Rows of the table that compares records, what is certified first; every fraction is of all inputs.
 
-    ``passes`` is the mean number of forward passes of an input, those of selection, of a search and of every noise
-    level included; rules that share their draws are charged for their own. The average certified radius is left out
-    where radii were named beforehand, as the certificates are rounded down to those.
+    Parameters
+    ----------
+    records : sequence of Record
+        At least one.
+    audits : sequence of mappings or None, optional
+        For each record its audits by attack, with ``"all"`` for the worst of them; None where nobody attacked.
+
+    Returns
+    -------
+    list of dict
+        ``natural``: answered right, an abstention is wrong. ``r=...``: right with at least this radius, with its 95 %
+        band. ``passes``: mean number of forward passes of an input, those of selection, of a search and of every noise
+        level included; rules that share their draws are charged for their own. ``seconds``: mean time of an input.
+        ``ACR``: left out where radii were named beforehand, as the certificates are rounded down to those. ``false at
+        most``: see `false_at_most`. Then, for each attack, its accuracy and the gap at its budgets; see `attack_rows`.
     """
     named = {tuple(radii) for record in records if (radii := _setting(record, "radii")) is not None}
-    radii = sorted(set().union(*named)) if named else list(RADII)
+    radii = sorted(set().union(*named)) if named else list(RADII[1:])
+    labels = record_labels(records)
     rows = []
-    for label, record in zip(record_labels(records), records, strict=True):
-        summary, curve = summarize(record), accuracy_of(record, radii)
-        spent = _passes(record)
+    for number, (label, record) in enumerate(zip(labels, records, strict=True)):
+        summary, curve, spent = summarize(record), accuracy_of(record, [0.0, *radii]), _passes(record)
+        natural, *values = [
+            f"{value:.3f} [{low:.3f}, {high:.3f}]"
+            for value, low, high in zip(curve.accuracy, curve.lower, curve.upper, strict=True)
+        ]
+        attacks = None if audits is None else audits[number]
         rows.append(
             {
                 "record": label,
                 "kind": summary.kind or "",
+                "contradictions": "not attacked" if attacks is None else _verdict(attacks["all"]),
                 "inputs": f"{summary.rows}",
-                "n": cell(_limit(record), "d"),
-                "passes": "" if spent is None else f"{spent.mean():,.0f}",
                 "abstain": f"{summary.abstain_rate:.3f}",
+                "natural": natural,
+                **{f"r={radius:g}": value for radius, value in zip(radii, values, strict=True)},
                 **({} if named else {"ACR": f"{summary.acr:.3f}"}),
+                "false at most": cell(false_at_most(record, summary), "d"),
+                "n": cell(_limit(record), "d"),
+                "alpha": cell(summary.alpha, "g"),
+                "passes": "" if spent is None else f"{spent.mean():,.0f}",
+                "seconds": f"{record.time.mean():.3g}",
                 **{
-                    f"r={radius:g}": f"{value:.3f} [{low:.3f}, {high:.3f}]"
-                    for radius, value, low, high in zip(radii, curve.accuracy, curve.lower, curve.upper, strict=True)
+                    f"{row['attack']} {name}": value
+                    for row in attack_rows(label, attacks or {})
+                    for name, value in row.items()
+                    if "@" in name
                 },
             }
         )
-    order = ["certified", "exact", "committed", "conditional", ""]
-    return sorted(rows, key=lambda row: order.index(row["kind"]))
+    order = ["certified", "exact", "", "committed", "conditional"]
+    return sorted(filled(rows), key=lambda row: order.index(row["kind"]))
+
+
+def filled(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Rows with the columns of all of them."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name, "") for name in columns} for row in rows]
+
+
+def by_section(rows: Sequence[Mapping[str, str]]) -> dict[str, list[dict[str, str]]]:
+    """Rows of `leaderboard` by heading, without the columns of each attack, for which `attack_rows` has lines."""
+    tables: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        short = {name: value for name, value in row.items() if "@" not in name}
+        tables.setdefault(NOT_CERTIFIED.get(row["kind"], "certified"), []).append(short)
+    return tables
+
+
+def false_at_most(record: Record, summary: Summary) -> int | None:
+    """Bound on the false certificates of a record, at failure probability `RHO`; None where alpha is not recorded.
+
+    None as well for what is no certificate of the deployed classifier.
+    """
+    if summary.section != "certified":
+        return None
+    largest = record.columns["alpha"].max() if "alpha" in record.columns else summary.alpha
+    return None if largest is None else false_certificates_bound(summary.rows, float(largest), rho=RHO)
+
+
+def attack_rows(label: str, audits: Mapping[str, Audit]) -> list[dict[str, str]]:
+    """Rows by attack: inputs, contradictions, then at each budget the attacked accuracy and its gap to the certified.
+
+    Both are fractions of the inputs that were attacked; ``all`` is the worst of the attacks at each input.
+    """
+    return [
+        {
+            "record": label,
+            "attack": name,
+            "inputs": f"{audit.total}",
+            "contradictions": _verdict(audit),
+            **{f"attacked@{b:g}": f"{value:.3f}" for b, value in zip(audit.budgets, audit.attacked, strict=True)},
+            **{f"gap@{b:g}": f"{value:.3f}" for b, value in zip(audit.budgets, audit.gap, strict=True)},
+        }
+        for name, audit in audits.items()
+    ]
+
+
+def _verdict(audit: Audit) -> str:
+    """Contradictions of an audit; an attack whose every answer was an abstention found none, and looked at nothing."""
+    return "undecided" if len(undecided(audit)) == len(audit.budgets) else count_cases([audit])
 
 
 def _passes(record: Record) -> NDArray[np.int64] | None:
@@ -248,6 +349,11 @@ def audit_cells(audit: Audit) -> list[dict[str, str]]:
         {name: f"{value:g}" if name in whole else f"{value:.3f}" for name, value in row.items()}
         for row in audit_table(audit)
     ]
+
+
+def attack_cells(audits: Mapping[str, Audit]) -> list[dict[str, str]]:
+    """Rows of `audit_cells` for each attack, under its name."""
+    return [{"attack": name, **cells} for name, audit in audits.items() for cells in audit_cells(audit)]
 
 
 def case_cells(cases: Sequence[Contradiction]) -> list[dict[str, str]]:
