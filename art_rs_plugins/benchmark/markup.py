@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from art_rs_plugins.benchmark.tables import TEXT
 
-__all__ = ["html_table", "markdown", "png", "svg"]
+__all__ = ["drawing", "html_table", "markdown", "png", "svg"]
 
 
 def html_table(rows: Sequence[Mapping[str, str]], label: str) -> str:
@@ -49,18 +49,26 @@ def html_table(rows: Sequence[Mapping[str, str]], label: str) -> str:
     )
 
 
-def svg(draw: Callable[[Axes], object]) -> str:
-    """Inline SVG of what `draw` puts on fresh axes; text stays text, and nothing refers to the outside."""
+def drawing(draw: Callable[[Axes], object]) -> str:
+    """SVG of what `draw` puts on fresh axes; text stays text."""
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "art_rs_plugins", "font.size": 11}):
         figure = Figure(figsize=(8.2, 4.4), layout="constrained")
         draw(figure.subplots())
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    drawing = stream.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
+
+
+def svg(draw: Callable[[Axes], object]) -> str:
+    """`drawing` to stand in a page, where nothing refers to the outside."""
+    return _inline(drawing(draw))
+
+
+def _inline(text: str) -> str:
     for namespace in ('xmlns:xlink="http://www.w3.org/1999/xlink"', 'xmlns="http://www.w3.org/2000/svg"'):
-        drawing = drawing.replace(namespace, "", 1)   # HTML needs neither
-    return drawing
+        text = text.replace(namespace, "", 1)   # HTML needs neither
+    return text
 
 
 def png(image: NDArray[np.floating]) -> str:
@@ -72,7 +80,7 @@ def png(image: NDArray[np.floating]) -> str:
 
 
 def markdown(text: str) -> str:
-    """Tables and paragraphs of Markdown as HTML; everything else is shown as it is written.
+    """Tables, paragraphs and inline drawings (SVG) of Markdown as HTML; all else is shown as it is written.
 
     Examples
     --------
@@ -85,6 +93,8 @@ def markdown(text: str) -> str:
         if len(lines) > 2 and all(line.lstrip().startswith("|") for line in lines):
             names, _, *rows = [_cells(line) for line in lines]
             parts.append(html_table([dict(zip(names, row, strict=False)) for row in rows], "Table"))
+        elif block.startswith("<svg"):
+            parts.append(_inline(block))
         else:
             parts.append(f"<p>{html.escape(block)}</p>")
     return "\n".join(parts)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from tabulate import tabulate
 from tqdm.auto import tqdm
@@ -18,7 +17,9 @@ from art_rs_plugins.benchmark.compositions import Sweep, random_router, sweep
 from art_rs_plugins.benchmark.config import RunConfig, parse_examples
 from art_rs_plugins.benchmark.data import load
 from art_rs_plugins.benchmark.files import json_bytes, load_json, write_atomic
+from art_rs_plugins.benchmark.markup import drawing
 from art_rs_plugins.benchmark.methods import open_estimator
+from art_rs_plugins.benchmark.plots import COLOURS
 from art_rs_plugins.estimators.aces import PyTorchACES
 from art_rs_plugins.smoothing.selectors import ScoreSelector
 from art_rs_plugins.theory.composition import Histogram
@@ -115,21 +116,19 @@ class Study:
         head = ["", "selected", "natural", *(f"r = {radius:g}" for radius in RADII)]
         return tabulate(rows, head, tablefmt="github", floatfmt=".3f") + "\n"
 
-    def plot(self, theta: float, radius: float) -> Figure:
+    def plot(self, theta: float, radius: float, ax: Axes) -> None:
         """Draw certified accuracy at one radius against natural accuracy, as theta moves, beside the coin."""
-        column = RADII.index(radius)
-        ax = Figure(figsize=(6.4, 4.2), layout="constrained").subplots()
-        natural = np.linspace(self.plain, self.core, 50)
-        ax.plot(natural, [self.router(value)[column] for value in natural], "--", color="#888888", label="a coin")
-        ax.plot(self.sweep.natural, self.sweep.certified[:, column], color="#3b82c4", label="entropy selector")
-        place = self.sweep.theta == theta
-        ax.plot(self.sweep.natural[place], self.sweep.certified[place, column], "o", color="#3b82c4",
-                label=f"theta {theta:g}, from validation images")   # fmt: skip
-        ax.plot(self.plain, self.certified[column], "s", color="#d9752b", label="smoothed classifier alone")
+        column, place = RADII.index(radius), self.sweep.theta == theta
+        natural, certified = self.sweep.natural, self.sweep.certified[:, column]
+        between = np.linspace(self.plain, self.core, 50)
+        ax.plot(between, [self.router(value)[column] for value in between], "--", color="#888888", label="a coin")
+        ax.plot(natural, certified, color=COLOURS[0], label="entropy selector")
+        chosen = f"theta {theta:g}, from validation images"
+        ax.plot(natural[place], certified[place], "o", color=COLOURS[0], label=chosen)
+        ax.plot(self.plain, self.certified[column], "s", color=COLOURS[1], label="smoothed classifier alone")
         ax.set(xlabel="natural accuracy", ylabel=f"certified accuracy at {radius:g}")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False)
-        return ax.figure   # type: ignore[return-value]
 
 
 def evaluate(
@@ -257,7 +256,5 @@ def tune(config: RunConfig, tuning: Tuning, stem: Path, *, verbose: bool = False
     path = stem.with_name(f"{stem.name}.curve.json")
     test = write_study(config, parse_examples(config.examples, total), path, verbose=verbose)
     write_atomic(path.with_suffix(".md"), test.markdown(theta).encode())
-    picture = BytesIO()
-    test.plot(theta, tuning.radius).savefig(picture, format="svg")
-    write_atomic(path.with_suffix(".svg"), picture.getvalue())
+    write_atomic(path.with_suffix(".svg"), drawing(lambda ax: test.plot(theta, tuning.radius, ax)).encode())
     return theta
