@@ -6,9 +6,11 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from art_rs_plugins.benchmark.files import companion, digest, write_atomic
-from art_rs_plugins.benchmark.records import read_manifest, read_record, rows_digest, to_certificates, write_parquet
+from art_rs_plugins.benchmark.records import (
+    SCHEMA,
+    read_manifest,
+    read_record,
+    rows_digest,
+    to_certificates,
+    write_parquet,
+)
 from art_rs_plugins.benchmark.tables import leaderboard
 from art_rs_plugins.benchmark.writer import RecordWriter
 from art_rs_plugins.theory.certificates import Certificates, Kind
@@ -353,6 +362,123 @@ def test_a_full_disk_leaves_whole_rows_only(tmp_path: Path, monkeypatch: pytest.
         assert writer.done == {0, 10}
         writer.append(certificates[2:4], labels[2:4], 0.5)
     assert read_record(tmp_path / "run.tsv").idx.tolist() == [0, 10, 20, 30]
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_row_leaves_whole_rows_only(tmp_path: Path) -> None:
+    certificates, labels = some_certificates()
+
+    class Full:
+        """A file on a disk with room for ten more bytes."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.room = file, 10
+
+        def write(self, data: bytes) -> int:
+            if not self.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken, self.room = self.file.write(data[: self.room]), 0
+            return taken
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    with RecordWriter(tmp_path / "run.tsv", CONFIG) as writer:
+        writer.append(certificates[:2], labels[:2], 0.5)
+        before, real = (tmp_path / "run.tsv").read_bytes(), writer._file
+        writer._file = Full(real)
+        with pytest.raises(OSError, match="No space left"):
+            writer.append(certificates[2:4], labels[2:4], 0.5)
+        assert (tmp_path / "run.tsv").read_bytes() == before
+        writer._file = real
+        writer.append(certificates[2:4], labels[2:4], 0.5)
+    assert read_record(tmp_path / "run.tsv").idx.tolist() == [0, 10, 20, 30]
+
+
+def test_a_read_only_disk_is_named_and_what_is_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificates, labels = some_certificates()
+    write(tmp_path / "run.tsv", certificates[:3], labels[:3])
+    before = (tmp_path / "run.tsv").read_bytes()
+    real = open
+
+    def locked(file: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if "r" not in mode:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(file, mode, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", locked)
+        with pytest.raises(OSError, match=r"cannot write here \(Read-only file system\); choose an output path"):
+            write(tmp_path / "run.tsv", certificates, labels)
+        with pytest.raises(OSError, match=r"cannot write here \(Read-only file system\)"):
+            write(tmp_path / "new.tsv", certificates, labels)
+    assert (tmp_path / "run.tsv").read_bytes() == before
+
+
+def test_one_process_writes_a_record_at_a_time(tmp_path: Path) -> None:
+    certificates, labels = some_certificates()
+    with RecordWriter(tmp_path / "run.tsv", CONFIG, facts=FACTS) as writer:
+        writer.append(certificates[:2], labels[:2], 0.5)
+        before = (tmp_path / "run.tsv").read_bytes()
+        with pytest.raises(BlockingIOError, match=r"another process is writing this record.*run\.tsv"):
+            write(tmp_path / "run.tsv", certificates, labels)
+        assert (tmp_path / "run.tsv").read_bytes() == before
+    write(tmp_path / "run.tsv", certificates, labels)
+    assert read_record(tmp_path / "run.tsv").idx.tolist() == [0, 10, 20, 30, 40]
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    certificates, labels = some_certificates()
+    code = (
+        "import sys, time; from art_rs_plugins.benchmark.writer import RecordWriter\n"
+        f"with RecordWriter(sys.argv[1], {CONFIG!r}, facts={FACTS!r}):\n print('open', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run.tsv")], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"open\n"
+        with pytest.raises(BlockingIOError, match="another process"):
+            write(tmp_path / "run.tsv", certificates, labels)
+        other.kill()
+    write(tmp_path / "run.tsv", certificates, labels)
+    assert len(read_record(tmp_path / "run.tsv")) == 5
+
+
+def test_a_disk_that_knows_no_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    write(tmp_path / "run.tsv", *some_certificates())
+    assert "run.tsv cannot be locked (Operation not supported); let one process alone write it" in caplog.text
+
+
+@pytest.mark.parametrize("schema", [SCHEMA + 1, "2", None])
+def test_a_manifest_of_a_newer_schema_is_refused(tmp_path: Path, schema: object) -> None:
+    certificates, labels = some_certificates()
+    write(tmp_path / "run.tsv", certificates, labels)
+    beside = tmp_path / "run.manifest.json"
+    manifest = json.loads(beside.read_text())
+    assert manifest["schema"] == SCHEMA
+    beside.write_text(json.dumps({**manifest, "schema": schema}))
+    message = rf"run\.manifest\.json has schema {schema!r}, and this version of art-rs-plugins reads up to {SCHEMA}"
+    with pytest.raises(ValueError, match=message):
+        read_record(tmp_path / "run.tsv")
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path / "run.tsv", certificates, labels)
+    del manifest["schema"]   # as manifests were before they had one
+    beside.write_text(json.dumps(manifest))
+    assert len(read_record(tmp_path / "run.tsv")) == 5
+
+
+def test_a_torn_last_row_is_cut_off_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    certificates, labels = some_certificates()
+    write(tmp_path / "run.tsv", certificates, labels)
+    whole = (tmp_path / "run.tsv").read_bytes()
+    (tmp_path / "run.tsv").write_bytes(whole[:-7])
+    write(tmp_path / "run.tsv", certificates, labels)
+    assert "run.tsv: cut off an incomplete last line; its input is certified again" in caplog.text
+    assert (tmp_path / "run.tsv").read_bytes() == whole
 
 
 def test_a_file_in_the_way_of_the_folder_is_named(tmp_path: Path) -> None:

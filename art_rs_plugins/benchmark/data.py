@@ -93,7 +93,8 @@ def load(name: str) -> Dataset:
     name : str
         ``digits`` (8 x 8 images, part of scikit-learn), ``mnist`` or ``cifar10`` (from ART's data folder, or from the
         one that the environment variable ART_DATA_PATH names), or the path of an ``.npz`` with the arrays ``x_train``,
-        ``y_train``, ``x_test``, ``y_test``. Values of a file are kept as they are, so radii come out in its units.
+        ``y_train``, ``x_test``, ``y_test``, or of a folder with ``x_test.npy`` and ``y_test.npy``, which stay on disk.
+        Values of a file are kept as they are, so radii come out in its units.
 
     Returns
     -------
@@ -112,7 +113,11 @@ def load(name: str) -> Dataset:
         return _from_art(name)
     if name.endswith(".npz"):
         return _from_npz(Path(name))
-    raise ValueError(f"name must be one of {', '.join(KNOWN)}, or the path of an .npz file, got {name!r}")
+    if Path(name).is_dir():
+        from art_rs_plugins.benchmark.arrays import open_folder   # which builds on this module
+
+        return open_folder(name)
+    raise ValueError(f"name must be one of {', '.join(KNOWN)}, or the path of an .npz file or a folder, got {name!r}")
 
 
 def _digits() -> Dataset:

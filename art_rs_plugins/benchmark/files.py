@@ -5,16 +5,33 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
+import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["check_folder", "companion", "digest", "json_bytes", "load_json", "unwritable", "write_atomic"]
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = [
+    "check_folder",
+    "companion",
+    "digest",
+    "digest_rows",
+    "json_bytes",
+    "load_json",
+    "lock",
+    "unwritable",
+    "write_atomic",
+]
+
+logger = logging.getLogger(__name__)
 
 
 def companion(path: str | Path, what: str) -> Path:
@@ -40,6 +57,14 @@ def digest(value: NDArray[Any] | bytes | str | Path) -> str:
         raise TypeError(f"value has dtype {value.dtype}, whose bytes say nothing; convert it to numbers first")
     header = f"{value.dtype} {value.shape} ".encode()
     return hashlib.sha256(header + np.ascontiguousarray(value).tobytes()).hexdigest()
+
+
+def digest_rows(array: Any, rows: NDArray[np.int64], *, step: int = 256) -> str:
+    """Digest of ``array[rows]``, which is read a `step` of rows at a time: for arrays that do not fit into memory."""
+    total = hashlib.sha256(f"{array.dtype} {(len(rows), *array.shape[1:])} ".encode())
+    for first in range(0, len(rows), step):
+        total.update(np.ascontiguousarray(array[rows[first : first + step]]).tobytes())
+    return total.hexdigest()
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -78,6 +103,25 @@ def unwritable(target: Path, error: OSError) -> OSError:
     """The same error, with the file's name and what to do about it."""
     reason = f"cannot write here ({error.strerror or error}); choose an output path in a folder that you may write to"
     return type(error)(error.errno, reason, str(target))
+
+
+def lock(stream: BinaryIO, path: Path) -> None:
+    """Keep every other process from locking an open file until it is closed, or this process ends.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process has locked it.
+    """
+    if sys.platform == "win32":
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        reason = "another process is writing this record; wait until it ends, or choose another output path"
+        raise BlockingIOError(error.errno, reason, str(path)) from error
+    except OSError as error:   # some network file systems know no locks
+        logger.warning("%s cannot be locked (%s); let one process alone write it", path, error.strerror or error)
 
 
 def json_bytes(value: Mapping[str, Any], name: str) -> bytes:

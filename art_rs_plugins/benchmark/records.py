@@ -25,6 +25,7 @@ __all__ = [
     "COHEN",
     "NUMBERS",
     "OURS",
+    "SCHEMA",
     "Record",
     "parse",
     "read_manifest",
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 COHEN = ("idx", "label", "predict", "radius", "correct", "time")
 OURS = ("sigma", "p_lower", "p_upper", "count", "runner_up_count", "n", "n0", "alpha", "kind", "seed", "passes")
+SCHEMA = 1
+"""Of the manifests that this version writes, and the newest that it reads; those without a number are older."""
 NUMBERS = tuple(name for name in OURS if name != "kind")
 _INTEGERS = ("idx", "label", "predict", "correct", "count", "runner_up_count", "n", "n0", "seed", "passes")
 _CLOCK = re.compile(r"(\d+):([0-5]?\d):([0-5]?\d(?:\.\d*)?)")
@@ -94,9 +97,18 @@ class Record:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any] | None:
-    """Manifest beside the record at `path`, or None; ``ValueError`` if it is not a JSON object."""
+    """Manifest beside the record at `path`, or None; ``ValueError`` if it is no JSON object, or of a newer schema."""
     beside = companion(path, "manifest")
-    return load_json(beside) if beside.exists() else None
+    if not beside.exists():
+        return None
+    manifest = load_json(beside)
+    schema = manifest.get("schema", SCHEMA)
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise ValueError(
+            f"{beside} has schema {schema!r}, and this version of art-rs-plugins reads up to {SCHEMA}: update it, or "
+            "choose another output path"
+        )
+    return manifest
 
 
 def rows_digest(record: Record) -> str:

@@ -19,12 +19,12 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from art_rs_plugins.benchmark.files import companion, json_bytes, unwritable, write_atomic
-from art_rs_plugins.benchmark.records import COHEN, NUMBERS, OURS, parse, read_manifest
+from art_rs_plugins.benchmark.files import companion, json_bytes, lock, unwritable, write_atomic
+from art_rs_plugins.benchmark.records import COHEN, NUMBERS, OURS, SCHEMA, parse, read_manifest
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.metrics import check_labels
 
-__all__ = ["RecordWriter"]
+__all__ = ["RecordWriter", "compare_versions"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,20 @@ _DECISIVE = ("torch", "art-rs-plugins")
 def _versions() -> dict[str, str]:
     """Versions of what decides the digits, from the installed packages' metadata: nothing is imported for it."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
+
+
+def compare_versions(path: Path, known: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Log a warning for each package that may have made the rows of a record otherwise than it would make them now."""
+    theirs = known.get("versions", {})
+    for name in _DECISIVE:
+        if theirs.get(name) != ours.get(name):
+            logger.warning(
+                "%s was begun with %s %s and goes on with %s; its rows may differ in their last digits",
+                path,
+                name,
+                theirs.get(name, "of an unknown version"),
+                ours.get(name, "an unknown version"),
+            )
 
 
 class RecordWriter:
@@ -57,6 +71,8 @@ class RecordWriter:
     ----------
     done : set of int
         Indices of the inputs whose rows are in the file.
+    device : str or None
+        Device that votes, as the facts say.
 
     Raises
     ------
@@ -64,12 +80,13 @@ class RecordWriter:
         On entry, if the file belongs to a run with another config or other facts, has no manifest, or is not a record;
         or if these are no JSON values.
     OSError
-        If it cannot be written.
+        If it cannot be written, or is being written by another process (BlockingIOError).
 
     Notes
     -----
     The manifest is there, in full, before the first row. Rows are whole and on the disk when `append` returns; a torn
-    last line is cut off on entry. Only one process may write a record at a time.
+    last line is cut off on entry, with a logged warning. The file is locked while it is open; a lock ends with its
+    process, however that ends.
     """
 
     def __init__(
@@ -85,6 +102,7 @@ class RecordWriter:
         self._config = json.loads(json_bytes(dict(config), "config"))
         self._facts = json.loads(json_bytes(dict(facts or {}), "facts"))
         self._notes = json.loads(json_bytes(dict(notes or {}), "notes"))
+        self.device: str | None = self._facts.get("device")
         self.done: set[int] = set()
         self._kind: str | None = None
         self._file: BinaryIO | None = None
@@ -93,7 +111,7 @@ class RecordWriter:
         known = read_manifest(self.path)
         if known is not None:
             self.check(known)
-            self._compare_versions(known)
+            compare_versions(self.path, known, _versions())
         elif self.path.exists():
             raise ValueError(
                 f"{self.path} has no {companion(self.path, 'manifest').name} beside it, so nobody knows what its rows "
@@ -101,17 +119,27 @@ class RecordWriter:
             )
         else:
             write_atomic(companion(self.path, "manifest"), json_bytes(self._manifest(), "manifest"))
-        if not self.path.exists():
-            # An audit of rows that are no longer there would be taken for one of the new rows.
-            companion(self.path, "audit").unlink(missing_ok=True)
-        self._recover()
         try:
             self._file = open(self.path, "ab", buffering=0)
         except OSError as error:
             raise unwritable(self.path, error) from error
-        if self.path.stat().st_size == 0:
-            self._write("\t".join((*COHEN, *OURS)) + "\n")
+        try:
+            self._begin()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
+
+    def _begin(self) -> None:
+        """With the file open: make sure that it is ours alone, and whole."""
+        assert self._file is not None
+        lock(self._file, self.path)
+        self.check(read_manifest(self.path) or {})   # another process may have begun it in between
+        self._recover()
+        if self.path.stat().st_size == 0:
+            # An audit of rows that are no longer there would be taken for one of the new rows.
+            companion(self.path, "audit").unlink(missing_ok=True)
+            self._write("\t".join((*COHEN, *OURS)) + "\n")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -122,7 +150,8 @@ class RecordWriter:
 
     def _manifest(self) -> dict[str, Any]:
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        return {"created": created, "versions": _versions(), **self._facts, **self._notes, "config": self._config}
+        versions = {"schema": SCHEMA, "created": created, "versions": _versions()}
+        return {**versions, **self._facts, **self._notes, "config": self._config}
 
     def check(self, known: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` if the manifest of another run has other settings, and say which."""
@@ -135,22 +164,8 @@ class RecordWriter:
                 f"Choose another output path, or delete it and {companion(self.path, 'manifest').name}"
             )
 
-    def _compare_versions(self, known: Mapping[str, Any]) -> None:
-        theirs, ours = known.get("versions", {}), _versions()
-        for name in _DECISIVE:
-            if theirs.get(name) != ours[name]:
-                logger.warning(
-                    "%s was begun with %s %s and goes on with %s; its rows may differ in their last digits",
-                    self.path,
-                    name,
-                    theirs.get(name, "of an unknown version"),
-                    ours[name],
-                )
-
     def _recover(self) -> None:
         """Cut off a torn last line, and learn which rows are there."""
-        if not self.path.exists():
-            return
         data = self.path.read_bytes()
         size = data.rfind(b"\n") + 1
         if size:
@@ -160,6 +175,7 @@ class RecordWriter:
             self.done = {row["idx"] for row in rows}
             self._kind = rows[0]["kind"] if rows else None
         if size < len(data):
+            logger.warning("%s: cut off an incomplete last line; its input is certified again", self.path)
             try:
                 os.truncate(self.path, size)
             except OSError as error:
