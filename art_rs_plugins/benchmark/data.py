@@ -114,7 +114,7 @@ def load(name: str) -> Dataset:
     if name.endswith(".npz"):
         return _from_npz(Path(name))
     if Path(name).is_dir():
-        from art_rs_plugins.benchmark.arrays import open_folder   # which builds on this module
+        from art_rs_plugins.benchmark.arrays import open_folder  # which builds on this module
 
         return open_folder(name)
     raise ValueError(f"name must be one of {', '.join(KNOWN)}, or the path of an .npz file or a folder, got {name!r}")
