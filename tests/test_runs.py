@@ -22,8 +22,6 @@ from hypothesis import strategies as st
 from support import TEST, X, Y, digits_network, smooth
 from torch.utils.data import DataLoader, TensorDataset
 
-from art_rs_plugins.benchmark import methods
-from art_rs_plugins.benchmark import shards as shards_module
 from art_rs_plugins.benchmark.arrays import ArrayBatches, ArrayFile, NpzBatches, open_folder
 from art_rs_plugins.benchmark.attacked import rebuild
 from art_rs_plugins.benchmark.config import RunConfig, parse_examples
@@ -458,13 +456,9 @@ def test_a_data_set_on_disk_is_read_as_it_is_asked_for(tmp_path: Path) -> None:
     assert other.x_test[:2].dtype == other.x_test.dtype == np.float32
 
 
-def test_a_run_over_a_data_set_on_disk_has_the_rows_of_one_in_memory(
-    monkeypatch: pytest.MonkeyPatch, whole: Path, tmp_path: Path
-) -> None:
+def test_a_run_over_a_data_set_on_disk_has_the_rows_of_one_in_memory(whole: Path, tmp_path: Path) -> None:
     expected = load("digits")
     folder = folder_of(tmp_path, expected.x_test, expected.y_test)
-    for module in (methods, shards_module):
-        monkeypatch.setattr(module, "load", lambda name: open_folder(name) if Path(name).is_dir() else load(name))
     config = replace(CONFIG, data=str(folder))
     parts = [certify(config, tmp_path / f"{number}.tsv", shard=Shard(number, 2)) for number in range(2)]
     assert rows(merge(parts, tmp_path / "run.tsv").path) == rows(whole)
