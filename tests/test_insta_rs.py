@@ -485,6 +485,14 @@ def test_a_table_belongs_to_one_data_set_and_is_saved_with_the_checkpoint(tmp_pa
     with pytest.raises(ValueError, match="belongs to another data set"):
         again.fit(X[TRAIN][128:256], y)
     again.fit(x, y, nb_epochs=1)
+    before = again.table_
+    with pytest.raises(ValueError, match="alpha"):
+        again.set_params(table=SigmaTable, alpha=2.0)
+    assert again.table_ is before
+    trainable(table=partial(SigmaTable, rate=0.5)).save("net", str(tmp_path))   # untrained, over the older files
+    assert {path.name for path in tmp_path.iterdir()} == {"net.model", "net.optimizer"}
+    again.load("net", str(tmp_path))
+    assert again.table_ is None
     for twin in (copy.deepcopy(classifier), pickle.loads(pickle.dumps(classifier))):
         assert np.array_equal(twin.table_.sigma, classifier.table_.sigma)
         twin.fit(x, y, nb_epochs=1)
@@ -718,4 +726,4 @@ def test_suites_of_the_package_hold_these_methods() -> None:
     for name in ("insta-rs-digits", "insta-rs-cifar10"):
         found = suites.read(name)
         kinds = {cell.run.options.get("certificate") for cell in found.cells}
-        assert kinds == {None, "envelope", "cascade", "conditional"}
+        assert kinds == {None, "envelope", "cascade", "conditional", "selector"}

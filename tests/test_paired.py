@@ -47,5 +47,12 @@ def test_records_are_compared_with_the_first_input_by_input(tmp_path: Path) -> N
     assert rows[2][1:] == [f"{d.mean():+.3f} ± {d.std(ddof=1) / 2:.3f}" for d in (at_0, at_4, average)]
     assert len(rows) == 3   # what is conditional is not compared
     assert paired([first], (0.0,)) is None
+    turned = ours(tmp_path, name="turned")
+    order = np.array([2, 0, 3, 1])
+    names = ("idx", "label", "predict", "radius", "correct")
+    shuffled = replace(turned, **{name: getattr(turned, name)[order] for name in names})
+    assert "+0.000 ± 0.000" in str(paired([first, shuffled], (0.0,)))
+    with pytest.raises(ValueError, match="other inputs"):
+        paired([first, replace(turned, label=turned.label + 1)], (0.0,))
     with pytest.raises(ValueError, match="other inputs"):
         paired([first, record(tmp_path, "other", index=np.array([3, 5, 7, 8]))], (0.0,))

@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from art.defences.preprocessor import FeatureSqueezing
 from closed_forms import allowed
-from support import TEST, TRAIN, X, Y
+from support import TEST, TRAIN, X, Y, digits_network
 from torch import nn
 
 from art_rs_plugins import PyTorchPatchVote, PyTorchSmoothedClassifier, PyTorchSmoothReduce, SmoothedModule, audit
@@ -39,8 +40,9 @@ def patch_network(seed: int = 0) -> nn.Sequential:
 
 def reduce(network: nn.Module, family: type = PyTorchSmoothReduce, **settings):
     settings = {"sample_size": 100, "scale": 0.25, "device_type": "cpu", "geometry": CORNERS, **settings}
+    settings = {"clip_values": (0, 1), **settings}
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
-    return family(network, nn.CrossEntropyLoss(), (1, 8, 8), 10, optimizer, clip_values=(0, 1), **settings)
+    return family(network, nn.CrossEntropyLoss(), (1, 8, 8), 10, optimizer, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +279,7 @@ def test_reductions_share_their_draws_and_keep_their_bits(network: nn.Module) ->
 
 def test_reductions_that_cannot_be_compared_are_refused(network: nn.Module) -> None:
     with pytest.raises(ValueError, match="joint outcomes"):
-        reduce(network).compare(X[:1], [OneSided()], reductions=(Mean(),) * 6, n=100)
+        reduce(network).compare(X[:1], [OneSided()], reductions=(Mean(),) * 5, n=100)
     with pytest.raises(ValueError, match="no reductions to compare"):
         reduce(network, PyTorchPatchVote).compare(X[:1], [OneSided()], reductions=(Mean(),), n=100)
     with pytest.raises(ValueError, match="at least one reduction"):
@@ -304,3 +306,31 @@ def test_smoothed_pgd_aims_at_what_is_certified(network: nn.Module, placement: P
         attack = ATTACKS["smoothed-pgd"]
         found = run_attack(attack, classifier, x, y, budgets=(1.0,), certificates=certificates, steps=10, seed=0)
         assert bool(audit(certificates, found, y).contradictions) == expected
+
+
+def test_a_changed_defence_votes_at_once_whatever_the_performance(network: nn.Module) -> None:
+    settings = {"performance": Performance("bfloat16"), "preprocessing_defences": FeatureSqueezing((0, 1), bit_depth=8)}
+    classifier = reduce(copy.deepcopy(network), **settings)
+    classifier.certificates(X[:3], n=200, seed=0)
+    classifier.set_params(preprocessing_defences=FeatureSqueezing((0, 1), bit_depth=1))
+    fresh = reduce(network, **{**settings, "preprocessing_defences": FeatureSqueezing((0, 1), bit_depth=1)})
+    asked = {"n": 200, "seed": 0}
+    assert np.array_equal(classifier.certificates(X[:3], **asked).count, fresh.certificates(X[:3], **asked).count)
+
+
+def test_comparing_holds_inputs_to_the_limits_of_now(network: nn.Module) -> None:
+    classifier = reduce(network, clip_values=None)
+    classifier.compare(X[:1] + 5, [OneSided()], reductions=(Mean(),), n=100)
+    classifier.set_params(clip_values=(0, 1))
+    with pytest.raises(ValueError, match="clip_values"):
+        classifier.compare(X[:1] + 5, [OneSided()], reductions=(Mean(),), n=100)
+
+
+def test_patches_of_a_classifier_with_preprocessing(network: nn.Module) -> None:
+    plain = PyTorchSmoothedClassifier(
+        digits_network(), nn.CrossEntropyLoss(), (1, 8, 8), 10, device_type="cpu", preprocessing=(0.5, 0.5), scale=0.25
+    )
+    whole = PatchGeometry.grid((8, 8), 8, 8)
+    patched = PyTorchSmoothReduce.from_classifier(plain, geometry=whole)
+    asked = {"n": 200, "n0": 50, "seed": 0}
+    assert np.array_equal(patched.certificates(X[:3], **asked).count, plain.certificates(X[:3], **asked).count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_it_goes_on_and_refuses_other_settings(output: Path, monkeypatch: pytest
     before = (output / "aces.tsv").read_bytes()
     assert not suites.run(suite, output).failed
     assert (output / "aces.tsv").read_bytes() == before
-    config = suite.cells[1].run
+    config = replace(suite.cells[1].run, weights=str(output / "aces.safetensors"))
     with pytest.raises(ValueError, match="made with other settings"):
         thresholds.write_study(config, np.arange(3), output / "aces.curve.json")
 

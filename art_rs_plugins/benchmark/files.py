@@ -27,6 +27,7 @@ __all__ = [
     "json_bytes",
     "load_json",
     "lock",
+    "make_folder",
     "unwritable",
     "write_atomic",
 ]
@@ -78,7 +79,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "cannot write a file over a folder; name a file in it", str(target))
-    _make_folder(target)
+    make_folder(target)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as stream:
@@ -92,7 +93,8 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _make_folder(target: Path) -> None:
+def make_folder(target: Path) -> None:
+    """Make the folder of a file; ``OSError`` that names the file and what to do."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from tabulate import tabulate
@@ -35,18 +36,30 @@ def paired(records: Sequence[Record], radii: Sequence[float]) -> str | None:
     ValueError
         If the records are not of the same inputs.
     """
-    kept = [record for record in records if summarize(record).section == "certified"]
+    kept = [_sorted(record) for record in records if summarize(record).section == "certified"]
     if len(kept) < 2:
         return None
     first, rows = kept[0], []
     for label, record in zip(record_labels(kept)[1:], kept[1:], strict=True):
-        if not np.array_equal(record.idx, first.idx):
+        same = np.array_equal(record.idx, first.idx) and np.array_equal(record.label, first.label)
+        if not same or _data(record) != _data(first):
             raise ValueError(f"{record.path} and {first.path} hold other inputs, so that they cannot be compared")
         values = [_gain(_right(record, radius), _right(first, radius)) for radius in radii]
         values.append(_gain(np.where(record.correct, record.radius, 0.0), np.where(first.correct, first.radius, 0.0)))
         rows.append([label, *values])
     head = ["", *(f"r={radius:g}" for radius in radii), "ACR"]
     return tabulate(rows, head, tablefmt="github") + "\n"
+
+
+def _sorted(record: Record) -> Record:
+    """The same record with its rows in the order of their indices."""
+    order = np.argsort(record.idx)
+    names = ("idx", "label", "predict", "radius", "correct")
+    return replace(record, **{name: getattr(record, name)[order] for name in names})
+
+
+def _data(record: Record) -> str | None:
+    return (record.manifest or {}).get("data_sha256")
 
 
 def _right(record: Record, radius: float) -> np.ndarray:

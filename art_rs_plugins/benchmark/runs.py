@@ -106,7 +106,7 @@ def certify_rules(
     config = configs[0]
     if len({output.resolve() for output in outputs}) != len(configs):
         raise ValueError(f"outputs must be {len(configs)} different files, one for each config, got {len(outputs)}")
-    asked = [(each.options.get("reduction"), each.rule) for each in configs]
+    asked = [(each.options.get("reduction", "mean"), each.rule) for each in configs]
     reductions, rules = (list(dict.fromkeys(names)) for names in zip(*asked, strict=True))
     if any(replace(each, rule=config.rule, options=_rest(each)) != replace(config, options=_rest(config))
            for each in configs) or asked != list(product(reductions, rules)):
@@ -150,7 +150,10 @@ def _settle(
         refuse_memory(estimator)
     if workers is HERE and (known is not None or config.block is not None or shard is not None):
         return device_name(estimator)   # shards do not measure: each might find another number
-    device, block = next(iter(workers(Survey(estimator), [config.block or (known or {}).get("block")])))
+    block = config.block or (known or {}).get("block")
+    if shard is not None:
+        block = block or default_block(estimator.input_shape, estimator.device)
+    device, block = next(iter(workers(Survey(estimator), [block])))
     voting_stage(estimator).set_params(performance=config.performance(block))
     return str(device)
 
@@ -185,7 +188,7 @@ def _task(configs: Sequence[RunConfig], estimator: PyTorchSmoothedClassifier) ->
     """What to ask an estimator about each group, so that it answers for every configuration."""
     config, rules = configs[0], [config.decide() for config in configs]
     settings: dict[str, Any] = {"n": config.n, "n0": config.n0, "seed": config.seed}
-    reductions = dict.fromkeys(str(each.options.get("reduction")) for each in configs)
+    reductions = dict.fromkeys(str(each.options.get("reduction", "mean")) for each in configs)
     if len(reductions) > 1:
         settings["reductions"] = [REDUCTIONS[name]() for name in reductions]
         rules = rules[: len(rules) // len(reductions)]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from art_rs_plugins.benchmark.config import parse_examples
 from art_rs_plugins.benchmark.data import load
 from art_rs_plugins.benchmark.files import check_folder, digest, digest_rows
+from art_rs_plugins.benchmark.models import same_outputs
 from art_rs_plugins.benchmark.records import Record, read_record, to_certificates
 from art_rs_plugins.benchmark.writer import RecordWriter, compare_versions
 from art_rs_plugins.theory.certificates import Certificates
@@ -108,6 +109,8 @@ def merge(records: Sequence[Record], output: str | Path) -> Record:
     for record, manifest in zip(records, manifests, strict=True):
         if manifest.get("data_sha256") != digest_rows(data.x_test, record.idx):
             raise ValueError(f"{record.path} was made with other inputs than {data.name} holds now; restore them")
+        if manifest.get("labels_sha256") != digest_rows(data.y_test, record.idx):
+            raise ValueError(f"{record.path} was made with other labels than {data.name} holds now; restore them")
     examples = _whole([record.path for record in records], manifests)
     found = _check_cover(records, parse_examples(examples, len(data.x_test)) if examples else None)
     examples = examples or f"{found[0]}:{found[-1] + 1}:{found[1] - found[0] if len(found) > 1 else 1}"
@@ -146,6 +149,8 @@ def _check_same(first: Record, known: dict[str, Any], other: Record, manifest: d
     one, two = ({**each["config"], "examples": None} for each in (known, manifest))
     changed = [f"config.{name}" for name in sorted({*one, *two}) if one.get(name) != two.get(name)]
     changed += [name for name in sorted({*known, *manifest} - _OWN) if known.get(name) != manifest.get(name)]
+    if not same_outputs(known.get("network_outputs", []), manifest.get("network_outputs", [])):
+        changed.append("what the network answers")
     if changed or first.kind != other.kind:
         raise ValueError(
             f"{first.path} and {other.path} are not of one run: they differ in {', '.join(changed) or 'kind'}; name "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
 from art_rs_plugins.smoothing.digest import network_digest, printed
 from art_rs_plugins.smoothing.noise import check_seed
 from art_rs_plugins.smoothing.sampling import default_block
+from art_rs_plugins.theory.regions import CertifiedRegions
 
 __all__ = ["certify_batches"]
 
@@ -114,11 +116,38 @@ _ASIDE = ("model", "loss", "optimizer", "device_type", "performance", "objective
 """Parameters of an estimator that the facts have already, or that no certificate depends on."""
 
 
-def _settings(estimator: PyTorchSmoothedClassifier) -> dict[str, str]:
-    """Type and settings of an estimator, as they print; networks among them by their digest."""
+def _settings(estimator: PyTorchSmoothedClassifier) -> dict[str, Any]:
+    """Type and settings of an estimator, as JSON values."""
     own = {name: value for name, value in estimator.get_params().items() if name not in _ASIDE}
-    text = {name: network_digest(each) if isinstance(each, nn.Module) else printed(each) for name, each in own.items()}
-    return {"estimator": type(estimator).__name__, **text}
+    return {"estimator": type(estimator).__name__, **{name: _described(each, name) for name, each in own.items()}}
+
+
+def _described(value: Any, name: str) -> Any:
+    """A setting as JSON values that tell it from every other: arrays, networks and promises by their digest.
+
+    ``ValueError`` for what prints as nothing but a type and an address.
+    """
+    if isinstance(value, CertifiedRegions):
+        return [digest(part) for part in (value.centres(), value.prediction, value.radius)]
+    if isinstance(value, nn.Module):
+        return network_digest(value)
+    if isinstance(value, np.ndarray):
+        return digest(value)
+    if isinstance(getattr(value, "params", None), list):   # a preprocessor of ART
+        return [type(value).__name__, {each: _described(getattr(value, each, None), name) for each in value.params}]
+    if isinstance(value, list | tuple):
+        return [_described(each, name) for each in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [type(value).__name__, {f.name: _described(getattr(value, f.name), name) for f in fields(value)}]
+    if " at 0x" in repr(value) and not isinstance(value, type):
+        module, known = getattr(value, "__module__", None), getattr(value, "__qualname__", "<")
+        if module is None or "<" in known:
+            raise ValueError(
+                f"{name} holds {value!r}, of which nobody can tell later whether it is still the same; give a function "
+                "of a module, a frozen dataclass, or a torch.nn.Module"
+            )
+        return f"{module}.{known}"
+    return printed(value)
 
 
 def _rows(batches: Batches) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:

@@ -20,7 +20,9 @@ from art_rs_plugins.benchmark.files import json_bytes, load_json, write_atomic
 from art_rs_plugins.benchmark.markup import drawing
 from art_rs_plugins.benchmark.methods import open_estimator
 from art_rs_plugins.benchmark.plots import COLOURS
+from art_rs_plugins.benchmark.runs import facts
 from art_rs_plugins.estimators.aces import PyTorchACES
+from art_rs_plugins.smoothing.noise import Gaussian
 from art_rs_plugins.smoothing.selectors import ScoreSelector
 from art_rs_plugins.theory.composition import Histogram
 from art_rs_plugins.theory.metrics import check_labels, natural_accuracy
@@ -159,6 +161,8 @@ def evaluate(
     -------
     Study
     """
+    if classifier.noise is not Gaussian:
+        raise ValueError(f"classifier's noise must be Gaussian to evaluate theta, got {classifier.noise.__name__}")
     if not isinstance(classifier.selector, ScoreSelector):
         raise TypeError(f"classifier's selector must be a ScoreSelector, got {type(classifier.selector).__name__}")
     labels, parts = check_labels(y, len(x)), []
@@ -210,12 +214,14 @@ def write_study(config: RunConfig, rows: NDArray[np.int64], path: Path, *, verbo
         For a file made with other settings, and as `open_estimator`.
     """
     options = {name: value for name, value in config.options.items() if name != "theta"}
-    settings = json.loads(json.dumps({**asdict(config), "options": options, "rows": rows.tolist()}))
+    data, classifier = open_estimator(config, None, path.parent)
+    digests = facts(config, data, rows, classifier)
+    known = {**asdict(config), "options": options, "rows": rows.tolist(), **digests}
+    settings = json.loads(json.dumps(known))
     if path.exists():
         if load_json(path)["settings"] != settings:
             raise ValueError(f"{path} was made with other settings; choose another output folder, or delete it")
         return read_study(path)
-    data, classifier = open_estimator(config, None, path.parent)
     draws: dict[str, Any] = {"n": config.n, "n0": config.n0, "seed": config.seed, "indices": rows}
     found = evaluate(classifier, data.x_test[rows], data.y_test[rows], **draws, verbose=verbose)
     sweeps = {name: value.tolist() for name, value in asdict(found.sweep).items()}

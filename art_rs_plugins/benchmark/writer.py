@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from art_rs_plugins.benchmark.files import companion, json_bytes, lock, unwritable, write_atomic
+from art_rs_plugins.benchmark.files import companion, json_bytes, lock, make_folder, unwritable, write_atomic
 from art_rs_plugins.benchmark.records import COHEN, NUMBERS, OURS, SCHEMA, parse, read_manifest
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.metrics import check_labels
@@ -112,13 +112,12 @@ class RecordWriter:
         if known is not None:
             self.check(known)
             compare_versions(self.path, known, _versions())
-        elif self.path.exists():
+        elif self.path.exists() and self.path.stat().st_size:
             raise ValueError(
                 f"{self.path} has no {companion(self.path, 'manifest').name} beside it, so nobody knows what its rows "
                 "depend on; choose another output path, or delete it"
             )
-        else:
-            write_atomic(companion(self.path, "manifest"), json_bytes(self._manifest(), "manifest"))
+        make_folder(self.path)
         try:
             self._file = open(self.path, "ab", buffering=0)
         except OSError as error:
@@ -134,7 +133,11 @@ class RecordWriter:
         """With the file open: make sure that it is ours alone, and whole."""
         assert self._file is not None
         lock(self._file, self.path)
-        self.check(read_manifest(self.path) or {})   # another process may have begun it in between
+        known = read_manifest(self.path)
+        if known is None:   # before any row
+            write_atomic(companion(self.path, "manifest"), json_bytes(self._manifest(), "manifest"))
+        else:
+            self.check(known)   # another process may have begun it in between
         self._recover()
         if self.path.stat().st_size == 0:
             # An audit of rows that are no longer there would be taken for one of the new rows.

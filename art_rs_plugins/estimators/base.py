@@ -228,6 +228,8 @@ class PyTorchSmoothedClassifier(Trainable, SmoothedInterface, PyTorchRandomizedS
         if isinstance(classifier.model, SmoothedModule) and not isinstance(classifier, PyTorchSmoothedClassifier):
             raise TypeError("classifier is an attack view; wrap the estimator itself, or its network")
         own = {name: getattr(classifier, name) for name in cls.estimator_params if hasattr(classifier, name)}
+        if isinstance(classifier.model, SmoothedModule):   # its transform is made anew, of the preprocessing
+            own["model"] = classifier.model.base
         return cls(**{**own, **settings})
 
     # ------------------------------------------------------------------ settings
@@ -312,11 +314,12 @@ class PyTorchSmoothedClassifier(Trainable, SmoothedInterface, PyTorchRandomizedS
         if kwargs.get("model", self.model) not in (self.model, self.model.base):
             raise ValueError("model cannot be exchanged; construct a new estimator for it")
         changes = {name: value for name, value in kwargs.items() if name != "model"}
-        before = self.get_params()
+        before, bound = self.get_params(), self._bound
         try:
             super().set_params(**changes)
         except Exception:
             super().set_params(**{name: before[name] for name in changes if name in before})
+            self._bound = bound
             raise
 
     def _update_preprocessing_operations(self) -> None:
@@ -396,7 +399,8 @@ class PyTorchSmoothedClassifier(Trainable, SmoothedInterface, PyTorchRandomizedS
         f = self.model.f if f is None else f
         if self.performance in (Performance(), Performance(block=self.performance.block)):
             return f
-        key, state = (self.performance, id(f.network), id(f.transform)), (*f.parameters(), *f.buffers())
+        # modules compare by identity, and being kept they cannot lend it to others
+        key, state = (self.performance, *list(f.modules())[1:]), (*f.parameters(), *f.buffers())
         ready = self._ready.get(id(f))
         # values, not version counters: those miss whoever writes to parameter.data
         if ready is None or ready[0] != key or not all(map(torch.equal, ready[1], state)):

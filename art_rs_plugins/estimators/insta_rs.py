@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -255,16 +256,25 @@ class PyTorchInstaRS(PyTorchSmoothedClassifier):
     def save(self, filename: str, path: str | None = None) -> None:
         """As in the base class, and the selector's network to ``filename.selector`` where there is one."""
         super().save(filename, path)
+        target = Path(f"{target_of(filename, path)}.selector")
+        target.unlink(missing_ok=True)
         if self.selector is not None:
-            torch.save(self.selector.state_dict(), f"{target_of(filename, path)}.selector")
+            torch.save(self.selector.state_dict(), target)
 
     def load(self, filename: str, path: str | None = None) -> None:
         """As in the base class, and the selector's weights where `selector` is given already."""
         chooser = self.selector
-        state = {} if chooser is None else read_state(f"{target_of(filename, path)}.selector", self.device)
+        target = f"{target_of(filename, path)}.selector"
+        state = {} if chooser is None else read_state(target, self.device)
+        if chooser is not None and _shapes(state) != _shapes(chooser.state_dict()):
+            raise ValueError(f"{target} does not fit the selector; build the network that it was saved from")
         super().load(filename, path)
         if chooser is not None:
             chooser.load_state_dict(state)
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: getattr(value, "shape", None) for name, value in state.items()}
 
 
 def _checked(certificate: Any) -> Any:

@@ -516,7 +516,7 @@ def fit_selector(
     make = optimizer if optimizer is not None else lambda parameters: torch.optim.Adam(parameters, lr=1e-3)
     weight = torch.tensor([1.0, (len(wanted) - certify) / certify], device=smoothed.device)
     changes = {"loss": nn.CrossEntropyLoss(weight=weight), "nb_classes": 2, "optimizer": make(network.parameters())}
-    plain = {"objective": None, "adversary": None, "draws": 1, "seed": seed}
+    plain = {"objective": None, "adversary": None, "table": None, "draws": 1, "seed": seed}
     learner = PyTorchSmoothedClassifier(**{**own, **changes, **plain, "model": network})
     learner.fit(np.asarray(x, dtype=np.float32), wanted.astype(np.int64), nb_epochs=nb_epochs, batch_size=batch_size)
     return ScoreSelector(theta, tau, core_probability, learner.model.f, smoothed.scale)

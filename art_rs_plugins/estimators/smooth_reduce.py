@@ -23,7 +23,7 @@ from art_rs_plugins.theory.rules import Marginal, Rule, by_part
 __all__ = ["PyTorchPatchVote", "PyTorchSmoothReduce"]
 
 
-CELLS = 1_000_000
+CELLS = 20_000
 """Joint outcomes of several reductions that are counted, at most."""
 
 
@@ -198,7 +198,8 @@ class PyTorchSmoothReduce(PyTorchSmoothedClassifier):
                 f"{len(reductions)} reductions of {self.nb_classes} classes make {cells} joint outcomes, and at most "
                 f"{CELLS} are counted; compare fewer at a time"
             )
-        key = (reductions, self.scale, self.noise, self.performance, id(self.model.base.f.transform))
+        limits = None if self.clip_values is None else tuple(np.asarray(value).tobytes() for value in self.clip_values)
+        key = (reductions, self.scale, self.noise, self.performance, limits, self.model.base.f.transform)
         if self._compared is None or self._compared[0] != key:
             settings = {"reduction": Joint(reductions), "early_exit": False, "nb_classes": cells}
             self._compared = key, PyTorchSmoothReduce.from_classifier(self, **settings)

@@ -300,6 +300,7 @@ class Trainable:
         torch.save(self.model.base.state_dict(), f"{target}.model")
         if self.optimizer is not None:
             torch.save(self.optimizer.state_dict(), f"{target}.optimizer")
+        Path(f"{target}.sigmas").unlink(missing_ok=True)   # one of another save would be taken for ours
         if self._bound is not None and self._bound.table is not None:
             torch.save(self._bound.state_dict(), f"{target}.sigmas")
 
@@ -323,7 +324,7 @@ class Trainable:
             raise ValueError(f"{target}.model does not fit this network; build the network that it was saved from")
         optimizer = None if self.optimizer is None else read_state(f"{target}.optimizer", self.device)
         bound = None if self.table is None else BoundTable(self.table)
-        if bound is not None:
+        if bound is not None and Path(f"{target}.sigmas").exists():   # there is none before the first `fit`
             bound.load_state_dict(read_state(f"{target}.sigmas", self.device), self.scale)
         if optimizer is not None:
             self.optimizer.load_state_dict(optimizer)

@@ -129,8 +129,9 @@ def measure_block(f: nn.Module, shape: tuple[int, ...], device: torch.device) ->
         Where to measure.
     """
     limit = default_block(shape, device)
-    candidates = sorted({max(CHUNK, limit // 4 // CHUNK * CHUNK), max(CHUNK, limit // CHUNK * CHUNK), 2 * limit})
-    best, fastest = limit, float("inf")
+    # whole chunks: with fewer rows a chunk, and the noise that it names, would be another
+    candidates = sorted({max(CHUNK, rows // CHUNK * CHUNK) for rows in (limit // 4, limit, 2 * limit)})
+    best, fastest = candidates[0], float("inf")
     with torch.no_grad():
         for rows in candidates:
             batch = torch.zeros((rows, *shape), device=device)

@@ -146,7 +146,8 @@ class Joint:
         for part in self.parts:
             winner, valid = strict_votes(part(outputs))
             cell = cell * (k + 1) + torch.where(valid, winner, k)
-        return functional.one_hot(cell, (k + 1) ** len(self.parts)).float()
+        scores = torch.zeros((len(cell), (k + 1) ** len(self.parts)), device=outputs.device)
+        return scores.scatter_(1, cell[:, None], 1.0)
 
     def decided(self, outputs: Tensor, left: int) -> None:
         """Return None: a later patch may change some part."""
