@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+
+if TYPE_CHECKING:
+    from art_rs_plugins.theory.audit import Audit
 
 app = typer.Typer(
     help="Certified classifiers by randomized smoothing: train, certify, attack, compare, report.",
@@ -35,11 +40,13 @@ def run_demo(
 
     results = demo.demo(output, verbose=not quiet)
     records = [result.record for result in results]
-    joint = [result.audits["all"] for result in results]
-    write_report(records, "html", output / "report.html", audits=joint)
+    nearest = [result.nearest for result in results]
+    write_report(
+        records, "html", output / "report.html", audits=[result.audits for result in results], nearest=nearest
+    )
     typer.echo(demo_table([(result.sigma, result.record, result.audits) for result in results]))
     typer.echo(f"\nRecords, manifests and report.html are in {output}")
-    _finish(joint)
+    _finish([result.audits for result in results])
 
 
 @app.command("train")
@@ -112,12 +119,17 @@ def certify(
     rule: Annotated[str | None, typer.Option(help="one-sided or two-sided; the method's own by default.")] = None,
     method: Annotated[str, typer.Option(help="Estimator: smoothing, adre.")] = "smoothing",
     option: Annotated[list[str] | None, typer.Option(help="Of the estimator, name=value; repeat.")] = None,
+    shard: Annotated[str | None, typer.Option(help="number/count, such as 0/3: this part of the examples.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Vote on Ray: local, auto, or host:port of a cluster.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Certify test examples of a data set, and record them."""
+    """Certify test examples of a data set, and record them; what was stopped goes on where it stopped."""
     from art_rs_plugins.benchmark import runs
+    from art_rs_plugins.benchmark.cluster import RayWorkers
     from art_rs_plugins.benchmark.config import RunConfig, parse_options
     from art_rs_plugins.benchmark.report import render
+    from art_rs_plugins.benchmark.shards import Shard
+    from art_rs_plugins.benchmark.workers import HERE
 
     config = RunConfig(
         data=data,
@@ -141,7 +153,14 @@ def certify(
         method=method,
         options=parse_options(option or []),
     )
-    typer.echo(render([runs.certify(config, output, verbose=not quiet)], "md"))
+    part = None if shard is None else Shard.parse(shard)
+    try:
+        with nullcontext(HERE) if ray is None else RayWorkers(ray, gpu=device == "gpu") as workers:
+            record = runs.certify(config, output, verbose=not quiet, workers=workers, shard=part)
+    except KeyboardInterrupt:
+        typer.secho(f"stopped; what is certified is in {output}, and the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(render([record], "md"))
 
 
 @app.command()
@@ -151,32 +170,36 @@ def attack(
     budget: Annotated[list[float] | None, typer.Option(help="l2 budget; repeat for several.")] = None,
     steps: Annotated[int, typer.Option(help="Gradient steps.")] = 20,
     n: Annotated[int, typer.Option(help="Votes for each adversarial input.")] = 200,
+    inputs: Annotated[str, typer.Option(help="start:stop:step of the inputs of the record.")] = "::1",
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Attack the classifier behind a record; exits with 1 if a certificate is contradicted."""
+    """Attack the classifier behind a record; exits with 1 if a certificate is contradicted, or an attack failed."""
     from art_rs_plugins.benchmark import attacked
+    from art_rs_plugins.benchmark.config import AttackConfig
     from art_rs_plugins.benchmark.report import audit_text
 
-    names, budgets = name or ["pgd", "smoothed-pgd"], sorted(budget or [0.25, 0.5, 0.75, 1.0])
-    audits = attacked.attack(record, names, budgets, steps=steps, n=n, seed=seed, verbose=not quiet)
-    for title, found in audits.items():
+    names, budgets = tuple(name or ("pgd", "smoothed-pgd")), tuple(sorted(budget or (0.25, 0.5, 0.75, 1.0)))
+    done = attacked.attack(record, [AttackConfig(names, budgets, steps, n, inputs, seed)], verbose=not quiet)
+    for title, found in done.audits.items():
         typer.echo(f"\n{title}\n{audit_text(found)}")
-    _finish([audits["all"]])
+    _finish([done.audits], done.failed)
 
 
 @app.command("benchmark")
 def run_benchmark(
-    suite: Annotated[str, typer.Argument(help="A TOML file, or a suite that comes with the package; see --list.")] = "",
+    suite: Annotated[
+        str, typer.Argument(help="A TOML file, or a suite that comes with the package; see --list.")
+    ] = "benchmark-digits",
     output: Annotated[Path, typer.Option(help="Folder of weights, records and the report.")] = Path("runs/benchmark"),
     list_suites: Annotated[bool, typer.Option("--list", help="Name the suites that come with the package.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show the suite and stop.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train, certify and compare the cells of a suite; a run that was stopped goes on, cell by cell."""
+    """Train, certify, attack and compare the cells of a suite; a run that was stopped goes on, attack by attack."""
     from art_rs_plugins.benchmark import suite as suites
 
-    if list_suites or not suite:
+    if list_suites:
         typer.echo("\n".join(suites.names()))
         return
     if print_config:
@@ -185,10 +208,7 @@ def run_benchmark(
     done = suites.run(suites.read(suite), output, verbose=not quiet)
     typer.echo(done.table)
     typer.echo(f"\nRecords, leaderboard and report.html are in {output}")
-    for name, reason in done.failed.items():
-        typer.secho(f"FAILED {name}: {reason}", fg="red", err=True)
-    if done.failed:
-        raise typer.Exit(3)
+    _finish(done.audits, done.failed)
 
 
 @app.command()
@@ -196,26 +216,36 @@ def report(
     records: Annotated[list[Path], typer.Argument(help="Records, ours or in the format of Cohen et al.")],
     output: Annotated[Path | None, typer.Option(help="File to write; the terminal by default.")] = None,
     format: Annotated[str, typer.Option(help="html, md, csv, latex, json or parquet.")] = "html",
+    merge: Annotated[Path | None, typer.Option(help="First join the records, shards of one run, into this.")] = None,
 ) -> None:
     """Redraw records, and the attacks on them, without a model."""
     from art_rs_plugins.benchmark.audits import load_audits
+    from art_rs_plugins.benchmark.nearest import load_nearest
     from art_rs_plugins.benchmark.records import read_record
     from art_rs_plugins.benchmark.report import render, write_report
 
     found = [read_record(path) for path in records]
+    if merge is not None:
+        from art_rs_plugins.benchmark import shards
+
+        found = [shards.merge(found, merge)]
     audits, notes = load_audits(found)
+    nearest = load_nearest(found)
     if output is None:
-        typer.echo(render(found, format, audits=audits, notes=notes))
+        typer.echo(render(found, format, audits=audits, nearest=nearest, notes=notes))
     else:
-        write_report(found, format, output, audits=audits, notes=notes)
-    _finish([known for known in audits if known is not None])
+        write_report(found, format, output, audits=audits, nearest=nearest, notes=notes)
+    _finish(audits)
 
 
-def _finish(audits: list[Any]) -> None:
-    """Say how many certificates were contradicted, and fail if any was."""
+def _finish(audits: Sequence[Mapping[str, Audit] | None], failed: Mapping[str, str] | None = None) -> None:
+    """Say what failed and how many certificates were contradicted, and exit with 1 if any was."""
     from art_rs_plugins.benchmark.tables import count_cases
 
-    cases = [case for found in audits for case in found.contradictions]
+    for name, reason in (failed or {}).items():
+        typer.secho(f"FAILED {name}: {reason}", fg="red", err=True)
+    joint = [found["all"] for found in audits if found]
+    cases = [case for found in joint for case in found.contradictions]
     if cases:
         for case in cases:
             typer.secho(
@@ -224,7 +254,8 @@ def _finish(audits: list[Any]) -> None:
                 fg="red",
                 err=True,
             )
-        typer.secho(f"Contradictions: {count_cases(audits)}", fg="red", err=True)
+        typer.secho(f"Contradictions: {count_cases(joint)}", fg="red", err=True)
+    if cases or failed:
         raise typer.Exit(1)
 
 

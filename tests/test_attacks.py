@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import random
 import sys
 import types
 import warnings
@@ -32,6 +33,7 @@ from torch import nn
 
 from art_rs_plugins import Certificates, Gaussian, PyTorchSmoothedClassifier, audit
 from art_rs_plugins.benchmark.attacks import ATTACKS, Attack, run_attack
+from art_rs_plugins.benchmark.evasion import find_examples
 from art_rs_plugins.smoothing.adversary import SmoothedPGD
 from art_rs_plugins.theory.metrics import certified_accuracy, certified_correct
 
@@ -340,7 +342,10 @@ def test_smoothed_pgd_by_name_keeps_the_range_of_each_channel():
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:art.attacks.evasion.square_attack")
 @pytest.mark.parametrize("name", sorted(ATTACKS))
-def test_every_named_attack_stays_in_its_budget_and_contradicts_nothing(trained, eight, name):
+def test_every_named_attack_stays_in_its_budget_and_contradicts_nothing(trained, eight, name, monkeypatch):
+    if name == "autoattack":
+        pytest.importorskip("multiprocess", reason="ART's AutoAttack imports it without declaring it")
+    monkeypatch.setattr(art.attacks.evasion, "BrendelBethgeAttack", brendel_bethge(), raising=False)
     x, y = eight
     certificates = trained.certificates(x, n=2_000, seed=0)
     outcomes = run_attack(
@@ -352,6 +357,59 @@ def test_every_named_attack_stays_in_its_budget_and_contradicts_nothing(trained,
     assert result.contradictions == ()
     assert np.all(result.certified.accuracy <= result.attacked)
     assert np.all(np.diff(result.wrong) >= 0)
+
+
+@pytest.mark.parametrize("name", ["pgd-linf", "smoothed-pgd-linf", "square"])
+def test_attacks_in_linf_stay_in_the_largest_ball_within_the_l2_budget(trained, eight, name):
+    x, y = eight
+    found = find_examples(ATTACKS[name], trained, x, y, budgets=(0.8,), steps=8, seed=0)[0]
+    moved = np.abs(found - x).reshape(8, -1)
+    assert np.all(moved <= 0.8 / 8 + 1e-6)   # sqrt(64) pixels
+    assert np.all(np.linalg.norm(moved, axis=1) <= 0.8 * (1 + 1e-6))
+    assert moved.max() > 0.099
+    assert found.min() >= 0.0
+    assert found.max() <= 1.0
+
+
+def test_smoothed_linf_steps_reach_the_corner_that_a_linear_classifier_asks_for():
+    """The strongest linf step against a half space is the sign of its normal, whatever the noise."""
+    network = nn.Linear(4, 2, bias=False)
+    with torch.no_grad():
+        network.weight.copy_(torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.0, 0.0, 0.0, 0.0]]))
+    estimator = smooth(network, (4,), 2, scale=0.5, bank_samples=16)
+    x = np.full((2, 4), 0.3, np.float32)
+    found = find_examples(ATTACKS["smoothed-pgd-linf"], estimator, x, [0, 1], budgets=(0.4,), steps=5, seed=0)[0]
+    corner = 0.4 / 2 * np.array([-1.0, 1.0, -1.0, -1.0])
+    assert np.allclose(found - x, np.stack([corner, -corner]), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:art.attacks.evasion.square_attack")
+@pytest.mark.parametrize("name", ["square", "hopskipjump", "boundary", "autopgd"])
+def test_a_seed_repeats_an_attack_and_the_global_generators_go_on(trained, eight, name):
+    """ART draws from NumPy's and Python's generators, and starts of its own from entropy that no seed brings back."""
+    x, y = eight
+    before = np.random.get_state()[1].copy(), random.getstate(), torch.get_rng_state()   # noqa: NPY002
+    first, again, other = (
+        find_examples(ATTACKS[name], trained, x, y, budgets=(1.0,), steps=3, seed=seed) for seed in (1, 1, 2)
+    )
+    after = np.random.get_state()[1], random.getstate(), torch.get_rng_state()   # noqa: NPY002
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert np.array_equal(before[0], after[0])
+    assert before[1] == after[1]
+    assert torch.equal(before[2], after[2])
+
+
+def test_decision_based_attacks_leave_what_is_wrong_already(trained, eight):
+    x, y = eight
+    found = find_examples(ATTACKS["hopskipjump"], trained, x, (y + 1) % 10, budgets=(1.0,), steps=2, seed=0)[0]
+    assert np.array_equal(found, x)
+
+
+def test_brendel_bethge_says_what_it_needs(trained, eight, monkeypatch):
+    monkeypatch.delattr(art.attacks.evasion, "BrendelBethgeAttack", raising=False)
+    with pytest.raises(ImportError, match=r"needs numba: pip install 'art-rs-plugins\[attacks\]'"):
+        ATTACKS["brendel-bethge"].make(trained, 1.0, 3, 0)
 
 
 def half_space() -> PyTorchSmoothedClassifier:

@@ -13,13 +13,15 @@ from support import TEST, TRAIN, X, Y
 
 from art_rs_plugins.benchmark import attacked, runs
 from art_rs_plugins.benchmark.attacked import attack
-from art_rs_plugins.benchmark.attacks import run_attack
-from art_rs_plugins.benchmark.config import RunConfig, TrainConfig
+from art_rs_plugins.benchmark.config import AttackConfig, RunConfig, TrainConfig
 from art_rs_plugins.benchmark.data import load
+from art_rs_plugins.benchmark.evasion import find_examples
 from art_rs_plugins.benchmark.records import read_record, to_certificates
 from art_rs_plugins.benchmark.training import train
 from art_rs_plugins.cli import main
 from art_rs_plugins.smoothing.performance import Performance
+
+FGM = [AttackConfig(("fgm",), (0.5,))]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -145,7 +147,7 @@ def test_a_false_record_is_contradicted_and_fails(monkeypatch, capsys, certified
         (["train", "--output", "OUT", "--epochs", "0"], "epochs must be at least 1"),
         (["train", "--output", "OUT", "--learning-rate", "nan"], "learning_rate must be finite"),
         (["train", "--output", "FILE/x.safetensors"], "cannot be written"),
-        (["attack", "RECORD", "--attack", "wish"], "attack must be among fgm"),
+        (["attack", "RECORD", "--attack", "wish"], "attack must be one of fgm"),
         (["attack", "RECORD", "--budget", "-1"], "budgets must be ascending and > 0"),
         (["attack", "none.tsv"], "none.tsv"),
         (["report", "none.tsv"], "none.tsv"),
@@ -219,7 +221,7 @@ def test_other_data_than_the_records_are_refused_by_name(from_file, change, fact
     lines = record.read_text().splitlines(keepends=True)
     digits_file(Path(config.data), **change)
     with pytest.raises(ValueError, match=rf"data\.npz and .* hold now: {', '.join(facts)}; restore them, or certify"):
-        attack(record, ["fgm"], [0.5])
+        attack(record, FGM)
     record.write_text("".join(lines[:9]))
     with pytest.raises(ValueError, match=rf"{facts[0]}_sha256 is .* there and .* here.* another output path"):
         runs.certify(config, record)
@@ -230,16 +232,16 @@ def test_a_partial_record_is_attacked_as_far_as_it_goes(from_file):
     _, record = from_file
     lines = record.read_text().splitlines(keepends=True)
     record.write_text("".join(lines[:9]))
-    assert attack(record, ["fgm"], [0.5])["all"].total == 8
+    assert attack(record, FGM).audits["all"].total == 8
     record.write_text("".join([*lines[:9], lines[9].replace("8\t", "300\t", 1)]))
     with pytest.raises(ValueError, match="indices or labels that its data has not"):
-        attack(record, ["fgm"], [0.5])
+        attack(record, FGM)
     cells = lines[1].split("\t")
     cells[1] = next(str(label) for label in range(10) if str(label) not in (cells[1], cells[2]))
     cells[4] = "0"
     record.write_text("".join([lines[0], "\t".join(cells), *lines[2:]]))
     with pytest.raises(ValueError, match="indices or labels that its data has not"):
-        attack(record, ["fgm"], [0.5])
+        attack(record, FGM)
 
 
 FACTORY = """
@@ -276,10 +278,10 @@ def test_a_changed_factory_is_noticed_though_its_weights_are_the_same(
     runs.certify(config, record)
     assert json.loads(record.with_name("record.manifest.json").read_text())["training"] is None
     runs.certify(config, record)
-    attack(record, ["fgm"], [0.5])
+    attack(record, FGM)
     monkeypatch.setattr(sys.modules["own_factory"], name, value)
     with pytest.raises(ValueError, match=attacked):
-        attack(record, ["fgm"], [0.5])
+        attack(record, FGM)
     with pytest.raises(ValueError, match=resumed):
         runs.certify(config, record)
 
@@ -394,9 +396,9 @@ def test_dtype_and_layout_are_recorded_and_attacked_as_they_were(monkeypatch, ca
 
     def remember(attack, estimator, *args, **settings):
         seen.append(estimator.performance)
-        return run_attack(attack, estimator, *args, **settings)
+        return find_examples(attack, estimator, *args, **settings)
 
-    monkeypatch.setattr(attacked, "run_attack", remember)
+    monkeypatch.setattr(attacked, "find_examples", remember)
     code, _, _ = run(monkeypatch, capsys, "attack", str(record), "--attack", "fgm", "--budget", "0.5", "--quiet")
     assert code == 0
     assert seen == [Performance("bfloat16", True, False, manifest["block"])]

@@ -12,8 +12,8 @@ import pytest
 
 from art_rs_plugins.benchmark import suite as suites
 from art_rs_plugins.benchmark.attacked import attack
-from art_rs_plugins.benchmark.config import RunConfig, TrainConfig, parse_options
-from art_rs_plugins.benchmark.methods import open_estimator
+from art_rs_plugins.benchmark.config import AttackConfig, RunConfig, TrainConfig, parse_options
+from art_rs_plugins.benchmark.methods import METHODS, open_estimator
 from art_rs_plugins.benchmark.records import read_record, to_certificates
 from art_rs_plugins.benchmark.runs import certify, certify_rules
 from art_rs_plugins.benchmark.tables import leaderboard
@@ -99,7 +99,8 @@ def test_a_suite_goes_on_where_it_stopped(done: tuple[suites.Done, Path], tiny: 
         lines = before[name].splitlines(keepends=True)
         (folder / name).write_bytes(b"".join(lines[:keep]))
     again = suites.run(suites.read(str(tiny)), folder)
-    assert again.table == result.table
+    for old, new in zip(leaderboard(result.records), leaderboard(again.records), strict=True):
+        assert {**old, "seconds": ""} == {**new, "seconds": ""}
     for old, new in zip(result.records, again.records, strict=True):
         order = np.argsort(new.idx)
         assert np.array_equal(old.idx, new.idx[order])
@@ -117,7 +118,7 @@ def test_a_cell_that_fails_leaves_the_others_alone(tiny: Path, tmp_path: Path, m
     with pytest.raises(SystemExit) as stop:
         main()
     captured = capsys.readouterr()
-    assert stop.value.code == 3
+    assert stop.value.code == 1
     assert "FAILED lost" in captured.err
     assert "nowhere.pt" in captured.err
     assert "gaussian.two-sided" in captured.out
@@ -149,7 +150,7 @@ def test_bad_suites_are_named(tmp_path: Path, changes: tuple[str, str], words: s
 def test_unknown_names_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="did you mean 'training-digits'"):
         suites.read("training-digit")
-    with pytest.raises(ValueError, match="method must be one of gaussian, adre, consistency, macer, got 'mcer'"):
+    with pytest.raises(ValueError, match=r"method must be one of gaussian, adre, consistency, .* did you mean 'macer'"):
         train(TrainConfig(method="mcer"), tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="did you mean 'adre'"):
         open_estimator(RunConfig(model="support:digits_network", method="adrre"))
@@ -237,9 +238,36 @@ def test_reductions_share_their_passes_and_keep_their_bits(tmp_path: Path) -> No
         for column in ("predict", "radius"):
             assert np.array_equal(getattr(record, column), getattr(alone, column)), column
         assert np.array_equal(record.columns["p_lower"], alone.columns["p_lower"])
-    table = attack(done.records[2].path, ["fgm"], [0.5])   # a record of the second reduction can be rebuilt
+    fgm = AttackConfig(("fgm",), (0.5,))
+    table = attack(done.records[2].path, [fgm]).audits   # a record of the second reduction can be rebuilt
     assert table["all"].total == 6
     again = suites.run(suite, tmp_path / "out")
     assert [record.path.read_bytes() for record in again.records] == [r.path.read_bytes() for r in done.records]
     with pytest.raises(ValueError, match="name rules as well"):
         suites.Cell("a", suite.cells[0].run, reductions=("mean",))
+
+
+@pytest.mark.parametrize("name, total", [("benchmark-digits", 3300), ("benchmark-cifar10", 400)])
+def test_every_method_of_a_benchmark_takes_the_same_passes(name: str, total: int) -> None:
+    """A sigma more costs a pass more for each draw, and so does a patch; a search has to fit in as well."""
+    suite = suites.read(name)
+    assert {cell.run.method for cell in suite.cells} >= set(METHODS) - {"art"}
+    assert sum(bool(cell.run.defences) for cell in suite.cells) >= 1
+    for cell in suite.cells:
+        options, draws = cell.run.options, cell.run.n + cell.run.n0
+        if options.get("certificate") == "conditional":
+            searched = (len(options["starts"]) * options["evaluations"] + 1) * options["draws"]
+            assert draws + searched == total
+        elif cell.run.method == "insta-rs":
+            assert draws * len(options["sigmas"]) == total
+        elif cell.run.method == "smooth-reduce":
+            assert draws * 4 == total
+        else:
+            assert draws == total
+
+
+def test_the_benchmark_of_digits_meets_its_measure() -> None:
+    suite = suites.read("benchmark-digits")
+    assert len({name for cell in suite.cells for group in cell.attacks for name in group.names}) >= 6
+    named = [cell.run.defences + (cell.training.defences if cell.training else ()) for cell in suite.cells]
+    assert len({name for names in named for name in names}) >= 5

@@ -1,101 +1,153 @@
-"""Attacks run against an estimator and judged by fresh votes, ready to be joined with its certificates."""
+"""ART's evasion attacks, and smoothed gradient ascent, by name: each as it can meet a classifier that votes.
+
+Attacks that need gradients alone take the estimator. Those that need scores, or decisions that do not change from one
+query to the next, take its `attack_view`; fresh votes of the estimator judge what they find.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import numpy as np
 import torch
 from art.attacks.evasion import (
+    AutoAttack,
     AutoProjectedGradientDescent,
+    BoundaryAttack,
     CarliniL2Method,
     DeepFool,
     FastGradientMethod,
+    HopSkipJump,
     ProjectedGradientDescent,
+    ProjectedGradientDescentNumpy,
     SquareAttack,
 )
-from numpy.typing import ArrayLike, NDArray
-from tqdm.auto import tqdm
+from numpy.typing import NDArray
 
+from art_rs_plugins.benchmark.evasion import Attack, Craft, Images, run_attack
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
 from art_rs_plugins.estimators.inputs import as_limits
 from art_rs_plugins.smoothing.adversary import SmoothedPGD
 from art_rs_plugins.smoothing.modules import SmoothedModule
-from art_rs_plugins.smoothing.noise import Gaussian, check_seed, derive_seed
-from art_rs_plugins.smoothing.sampling import check_count, evaluating
-from art_rs_plugins.theory.audit import AttackOutcomes, suspects
-from art_rs_plugins.theory.certificates import Certificates
-from art_rs_plugins.theory.metrics import check_labels
+from art_rs_plugins.smoothing.noise import Gaussian, derive_seed
+from art_rs_plugins.smoothing.sampling import evaluating
 
 __all__ = ["ATTACKS", "Attack", "run_attack"]
 
-logger = logging.getLogger(__name__)
+OVERSHOOT = 0.1
+"""Part by which an example on the boundary is moved beyond it: votes on the boundary abstain."""
 
-Images = NDArray[np.float32]
-Craft = Callable[[Images, NDArray[np.int64]], Images]
-
-CONFIRMATION_VOTES = 10_000
-CONFIRMATION_ALPHA = 1e-6
-
-
-@dataclass(frozen=True, slots=True)
-class Attack:
-    """An evasion attack that any estimator can be put to.
-
-    Attributes
-    ----------
-    name : str
-        As in tables.
-    make : callable
-        From (estimator, budget, steps, seed) to a function of inputs and labels that returns adversarial inputs.
-    budgeted : bool
-        False for attacks that look for the smallest perturbation and know no budget; they run once.
-    """
-
-    name: str
-    make: Callable[[PyTorchSmoothedClassifier, float, int, int], Craft]
-    budgeted: bool = True
+STARTS = 64
+"""Random inputs, beside those of the batch, from which a decision-based attack may start."""
 
 
 def _fgm(estimator: PyTorchSmoothedClassifier, budget: float, _steps: int, _seed: int) -> Craft:
     return _generate(FastGradientMethod(estimator, norm=2, eps=budget))
 
 
-def _pgd(estimator: PyTorchSmoothedClassifier, budget: float, steps: int, _seed: int) -> Craft:
-    step = 2.5 * budget / steps
-    return _generate(
-        ProjectedGradientDescent(estimator, norm=2, eps=budget, eps_step=step, max_iter=steps, verbose=False)
-    )
+def _pgd(family: type, norm: float = 2) -> Callable[[PyTorchSmoothedClassifier, float, int, int], Craft]:
+    def make(estimator: PyTorchSmoothedClassifier, budget: float, steps: int, _seed: int) -> Craft:
+        eps = budget if norm == 2 else _linf(estimator, budget)
+        settings = {"norm": norm, "eps": eps, "eps_step": 2.5 * eps / steps, "max_iter": steps, "verbose": False}
+        return _generate(family(estimator, **settings))
+
+    return make
 
 
-def _auto_pgd(estimator: PyTorchSmoothedClassifier, budget: float, steps: int, _seed: int) -> Craft:
-    return _generate(
-        AutoProjectedGradientDescent(
-            estimator.attack_view(),
-            norm=2,
-            eps=budget,
-            eps_step=2.0 * budget,
-            max_iter=steps,
-            nb_random_init=1,
-            loss_type="cross_entropy",
-            verbose=False,
-        )
-    )
+def _linf(estimator: Any, budget: float) -> float:
+    """Largest linf budget whose ball lies in the l2 ball of `budget`: each of d values moves by budget / sqrt(d)."""
+    return budget / math.sqrt(math.prod(estimator.input_shape))
+
+
+def _auto_pgd(loss: str) -> Callable[[PyTorchSmoothedClassifier, float, int, int], Craft]:
+    def make(estimator: PyTorchSmoothedClassifier, budget: float, steps: int, _seed: int) -> Craft:
+        return _generate(_one_auto_pgd(estimator.attack_view(), budget, steps, loss))
+
+    return make
+
+
+def _one_auto_pgd(view: Any, budget: float, steps: int, loss: str) -> AutoProjectedGradientDescent:
+    settings = {"eps": budget, "eps_step": 2.0 * budget, "max_iter": steps, "nb_random_init": 1, "verbose": False}
+    return AutoProjectedGradientDescent(view, norm=2, loss_type=loss, **settings)
+
+
+def _auto_attack(estimator: PyTorchSmoothedClassifier, budget: float, steps: int, _seed: int) -> Craft:
+    """ART's four, with `steps` in place of 100 and one start each."""
+    view = estimator.attack_view()
+    losses = ("cross_entropy", "difference_logits_ratio") if estimator.nb_classes > 2 else ("cross_entropy",)
+    parts = [
+        *(_one_auto_pgd(view, budget, steps, loss) for loss in losses),
+        DeepFool(view, max_iter=steps, epsilon=OVERSHOOT, verbose=False),
+        _square_attack(view, budget, steps),
+    ]
+    return _generate(AutoAttack(view, norm=2, eps=budget, eps_step=2.0 * budget, attacks=parts))
 
 
 def _square(estimator: PyTorchSmoothedClassifier, budget: float, steps: int, _seed: int) -> Craft:
-    return _generate(SquareAttack(estimator.attack_view(), norm=2, eps=budget, max_iter=10 * steps, verbose=False))
+    return _generate(_square_attack(estimator.attack_view(), budget, steps))
+
+
+def _square_attack(view: Any, budget: float, steps: int) -> SquareAttack:
+    """In linf: in l2 ART's divides by norms of zero, and asks about NaN."""
+    return SquareAttack(view, norm=np.inf, eps=_linf(view, budget), max_iter=10 * steps, verbose=False)
 
 
 def _carlini(estimator: PyTorchSmoothedClassifier, _budget: float, steps: int, _seed: int) -> Craft:
-    return _generate(CarliniL2Method(estimator.attack_view(), max_iter=steps, binary_search_steps=5, verbose=False))
+    settings = {"confidence": 1.0, "learning_rate": 0.1, "initial_const": 1.0, "binary_search_steps": 3}
+    return _generate(CarliniL2Method(estimator.attack_view(), max_iter=steps, verbose=False, **settings))
 
 
 def _deepfool(estimator: PyTorchSmoothedClassifier, _budget: float, steps: int, _seed: int) -> Craft:
-    return _generate(DeepFool(estimator.attack_view(), max_iter=steps, verbose=False))
+    return _generate(DeepFool(estimator.attack_view(), max_iter=steps, epsilon=OVERSHOOT, verbose=False))
+
+
+def _hop_skip_jump(estimator: PyTorchSmoothedClassifier, _budget: float, steps: int, seed: int) -> Craft:
+    view = estimator.attack_view()
+    attack = HopSkipJump(view, norm=2, max_iter=steps, max_eval=10 * steps, init_eval=steps, verbose=False)
+    return _from_start(attack, view, seed)
+
+
+def _boundary(estimator: PyTorchSmoothedClassifier, _budget: float, steps: int, seed: int) -> Craft:
+    view = estimator.attack_view()
+    attack = BoundaryAttack(view, targeted=False, max_iter=5 * steps, num_trial=5, sample_size=10, verbose=False)
+    return _from_start(attack, view, seed)
+
+
+def _brendel_bethge(estimator: PyTorchSmoothedClassifier, _budget: float, steps: int, seed: int) -> Craft:
+    try:
+        from art.attacks.evasion import BrendelBethgeAttack
+    except ImportError as error:
+        raise ImportError("brendel-bethge needs numba: pip install 'art-rs-plugins[attacks]'") from error
+    view = estimator.attack_view()
+    return _from_start(BrendelBethgeAttack(view, norm=2, steps=steps, lr=0.1), view, seed)
+
+
+def _from_start(attack: Any, view: Any, seed: int) -> Craft:
+    """Start from the nearest input of another class; ART would draw starts that no seed brings back."""
+
+    def craft(x: Images, y: NDArray[np.int64]) -> Images:
+        limits = as_limits(view.clip_values, view.input_shape, view.channels_first)
+        low, high = (0.0, 1.0) if limits is None else (limit.numpy() for limit in limits)
+        drawn = np.random.default_rng([seed, 0]).uniform(low, high, (STARTS, *x.shape[1:])).astype(np.float32)
+        pool = np.concatenate([x, drawn])
+        classes = view.predict(pool).argmax(axis=1)
+        distance = np.linalg.norm((pool[None] - x[:, None]).reshape(len(x), len(pool), -1), axis=2)
+        distance[classes[None] == y[:, None]] = np.inf
+        nearest = distance.argmin(axis=1)
+        todo = (classes[: len(x)] == y) & np.isfinite(distance.min(axis=1))
+        adversarial = x.copy()
+        if todo.any():
+            starts = pool[nearest[todo]]
+            with np.errstate(all="ignore"), redirect_stderr(StringIO()):   # Brendel-Bethge draws a bar unasked
+                found = attack.generate(x[todo], y[todo], x_adv_init=starts, starting_points=starts.copy())
+            adversarial[todo] = x[todo] + (1.0 + OVERSHOOT) * (found - x[todo])
+        return adversarial if limits is None else np.clip(adversarial, low, high)
+
+    return craft
 
 
 def _smoothed_pgd(estimator: PyTorchSmoothedClassifier, budget: float, steps: int, seed: int) -> Craft:
@@ -124,6 +176,24 @@ def _smoothed_pgd(estimator: PyTorchSmoothedClassifier, budget: float, steps: in
     return craft
 
 
+def _smoothed_linf(estimator: PyTorchSmoothedClassifier, budget: float, steps: int, seed: int) -> Craft:
+    """Signs of the smoothed gradient, with fresh draws in each step."""
+    eps = _linf(estimator, budget)
+    limits = as_limits(estimator.clip_values, estimator.input_shape, estimator.channels_first)
+
+    def craft(x: Images, y: NDArray[np.int64]) -> Images:
+        adversarial, truth = x.copy(), np.eye(estimator.nb_classes, dtype=np.float32)[y]
+        for step in range(steps):
+            view = estimator.attack_view(seed=derive_seed(seed, step))
+            moved = adversarial + 2.5 * eps / steps * np.sign(view.loss_gradient(adversarial, truth))
+            adversarial = x + np.clip(moved - x, -eps, eps)
+            if limits is not None:
+                adversarial = np.clip(adversarial, *(limit.cpu().numpy() for limit in limits))
+        return np.asarray(adversarial, dtype=np.float32)
+
+    return craft
+
+
 def _is_plain(estimator: PyTorchSmoothedClassifier, x: torch.Tensor) -> bool:
     """Whether one noise on the input and one network are all there is; every input then gets draws of its own."""
     return type(estimator.model) is SmoothedModule and estimator.model.f.lift(x) is x
@@ -142,135 +212,21 @@ ATTACKS: Mapping[str, Attack] = {
     attack.name: attack
     for attack in (
         Attack("fgm", _fgm),
-        Attack("pgd", _pgd),
+        Attack("pgd", _pgd(ProjectedGradientDescent)),
+        Attack("pgd-numpy", _pgd(ProjectedGradientDescentNumpy)),
+        Attack("pgd-linf", _pgd(ProjectedGradientDescent, np.inf)),
         Attack("smoothed-pgd", _smoothed_pgd),
-        Attack("autopgd", _auto_pgd),
+        Attack("smoothed-pgd-linf", _smoothed_linf),
+        Attack("autopgd", _auto_pgd("cross_entropy")),
+        Attack("autopgd-dlr", _auto_pgd("difference_logits_ratio")),
+        Attack("autoattack", _auto_attack),
         Attack("square", _square),
         Attack("carlini", _carlini, budgeted=False),
         Attack("deepfool", _deepfool, budgeted=False),
+        Attack("hopskipjump", _hop_skip_jump, budgeted=False),
+        Attack("boundary", _boundary, budgeted=False),
+        Attack("brendel-bethge", _brendel_bethge, budgeted=False),
     )
 }
-"""Attacks by name. Those that need scores attack `attack_view`; fresh votes of the estimator judge all of them."""
-
-
-def run_attack(
-    attack: Attack,
-    estimator: PyTorchSmoothedClassifier,
-    x: ArrayLike,
-    labels: ArrayLike,
-    *,
-    budgets: Sequence[float],
-    certificates: Certificates | None = None,
-    steps: int = 20,
-    n: int = 200,
-    seed: int | None = None,
-    verbose: bool = False,
-) -> AttackOutcomes:
-    """Attack b inputs at a grid of budgets, and let fresh votes judge the results.
-
-    Parameters
-    ----------
-    attack : Attack
-        One of `ATTACKS`, or your own around any of ART's evasion attacks.
-    estimator : PyTorchSmoothedClassifier
-        The classifier under attack.
-    x : array_like, shape (b, *input_shape)
-        Raw inputs.
-    labels : array_like of int, shape (b,)
-        True classes.
-    budgets : sequence of float
-        l2 budgets, ascending and > 0. What an attack returns beyond its budget is pulled back to it.
-    certificates : Certificates, optional
-        Of the same inputs. Adversarial inputs within a certified radius are then voted on again, with 10,000 fresh
-        draws at a failure probability of 1e-6, before they count as confirmed.
-    steps : int
-        Gradient steps, or what the attack makes of that number.
-    n : int
-        Votes for each adversarial input, at the estimator's alpha.
-    seed : int, optional
-        Seed of votes and draws; None takes entropy from the system.
-    verbose : bool
-        Show a progress bar.
-
-    Returns
-    -------
-    AttackOutcomes
-
-    Raises
-    ------
-    ValueError, TypeError
-        For inputs, labels or budgets that do not fit.
-    """
-    inputs = np.asarray(x, dtype=np.float32)
-    known = check_labels(labels, len(inputs))
-    grid = np.asarray(budgets, dtype=np.float64)
-    if grid.ndim != 1 or not len(grid) or np.any(~np.isfinite(grid) | (grid <= 0)) or np.any(np.diff(grid) <= 0):
-        raise ValueError(f"budgets must be ascending and > 0, in the units of the input, got {list(budgets)}")
-    if np.any(known < 0) or np.any(known >= estimator.nb_classes):
-        span = f"[{known.min()}, {known.max()}]"
-        raise ValueError(f"labels must be class indices in [0, {estimator.nb_classes}), got values in {span}")
-    if not np.all(np.isfinite(inputs)):
-        raise ValueError("x must be finite, got NaN or Inf; remove or repair these inputs")
-    if certificates is not None and len(certificates) != len(inputs):
-        raise ValueError(f"certificates must be those of x: there are {len(certificates)}, for {len(inputs)} inputs")
-    if 2.0 * 0.5 ** check_count(n, "n") > estimator.alpha:
-        raise ValueError(f"n={n} votes can never reach alpha={estimator.alpha}: every answer would abstain; raise n")
-    seed = check_seed(seed)
-    check_count(steps, "steps")
-    found: Images | None = None
-    adversarial = np.empty((len(grid), *inputs.shape), dtype=np.float32)
-    answers = []
-    for level, budget in enumerate(tqdm(grid.tolist(), desc=attack.name, disable=not verbose)):
-        if attack.budgeted or found is None:
-            found = attack.make(estimator, budget, steps, derive_seed(seed, level, 0))(inputs, known)
-        spent = torch.from_numpy(_within(inputs, found, budget, attack.name))
-        accepted = estimator.noise(estimator.scale).nearest(spent, toward=torch.from_numpy(inputs))
-        adversarial[level] = accepted.numpy()
-        answers.append(estimator.predictions(adversarial[level], n=n, seed=derive_seed(seed, level, 1)))
-    outcomes = AttackOutcomes(
-        name=attack.name,
-        budgets=grid,
-        prediction=np.stack([answer.prediction for answer in answers]),
-        abstained=np.stack([answer.abstained for answer in answers]),
-        distance=_distances(adversarial, inputs[None]),
-        confirmed=np.zeros((len(grid), len(inputs)), dtype=bool),
-        n=n,
-        alpha=estimator.alpha,
-    )
-    return outcomes if certificates is None else _confirm(estimator, adversarial, certificates, outcomes, seed)
-
-
-def _confirm(
-    estimator: PyTorchSmoothedClassifier,
-    adversarial: Images,
-    certificates: Certificates,
-    outcomes: AttackOutcomes,
-    seed: int,
-) -> AttackOutcomes:
-    """Vote again on every answer that would contradict a certificate."""
-    doubtful = suspects(certificates, outcomes)
-    if not doubtful.any():
-        return outcomes
-    fresh = derive_seed(seed, len(adversarial), 2)
-    again = estimator.predictions(adversarial[doubtful], n=CONFIRMATION_VOTES, alpha=CONFIRMATION_ALPHA, seed=fresh)
-    certified = np.broadcast_to(certificates.prediction, doubtful.shape)[doubtful]
-    confirmed = np.zeros_like(doubtful)
-    confirmed[doubtful] = ~again.abstained & (again.prediction != certified)
-    return replace(outcomes, confirmed=confirmed)
-
-
-def _distances(adversarial: NDArray[Any], x: NDArray[Any]) -> NDArray[np.float64]:
-    """l2 distances over all axes of one input, in float64. Shape (e, b)."""
-    difference = adversarial.astype(np.float64) - x.astype(np.float64)
-    return np.asarray(np.sqrt(np.sum(difference**2, axis=tuple(range(2, difference.ndim)))), dtype=np.float64)
-
-
-def _within(x: Images, found: Images, budget: float, name: str) -> Images:
-    """Adversarial inputs pulled back to the budget; where the attack returned NaN, the input as it was."""
-    broken = ~np.isfinite(found).reshape(len(x), -1).all(axis=1)
-    if broken.any():
-        logger.warning("%s returned NaN or Inf for %d inputs; they count as not attacked", name, broken.sum())
-        found = np.where(broken.reshape(-1, *[1] * (x.ndim - 1)), x, found)
-    distance = _distances(found[None], x[None])[0]
-    factor = np.minimum(1.0, budget / np.maximum(distance, 1e-30)).reshape(-1, *[1] * (x.ndim - 1))
-    return np.asarray(np.where(factor < 1.0, x + factor * (found.astype(np.float64) - x), found), dtype=np.float32)
+"""Attacks by name. All budgets are l2: an attack in linf takes the largest linf ball within, budget / sqrt(d) at each
+of d values, so that its examples count at that l2 budget. `autoattack` needs multiprocess, `brendel-bethge` numba."""

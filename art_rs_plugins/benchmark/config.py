@@ -23,6 +23,7 @@ from art_rs_plugins.theory.two_sided import SequentialTwoSided, TwoSided
 __all__ = [
     "NOISES",
     "RULES",
+    "AttackConfig",
     "RunConfig",
     "TrainConfig",
     "check_device",
@@ -61,8 +62,10 @@ class TrainConfig:
     warmup: int = 0
     weights: str | None = None
     examples: str = "::1"
+    defences: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "defences", tuple(self.defences))
         check_sigma(self.sigma), check_seed(self.seed), check_device(self.device)
         for name in ("epochs", "batch_size", "steps"):
             check_count(getattr(self, name), name)
@@ -96,8 +99,10 @@ class RunConfig:
     rule: str | None = None
     method: str = "smoothing"
     options: Mapping[str, Any] = field(default_factory=dict)
+    defences: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "defences", tuple(self.defences))
         check_sigma(self.sigma), check_alpha(self.alpha), check_seed(self.seed), check_device(self.device)
         check_count(self.n, "n"), check_count(self.n0, "n0")
         parse_examples(self.examples, 1)
@@ -124,6 +129,29 @@ class RunConfig:
             return None
         whole, named = RULES[self.rule]
         return whole(self.alpha) if self.radii is None else named(self.radii, self.alpha)
+
+
+@dataclass(frozen=True, slots=True)
+class AttackConfig:
+    """Attacks on one record with the same settings; see `attack`. Every field changes the result."""
+
+    names: tuple[str, ...] = ("pgd", "smoothed-pgd")
+    budgets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    steps: int = 20
+    n: int = 200
+    attacked: str = "::1"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("names", "budgets"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_seed(self.seed), check_count(self.n, "n"), check_count(self.steps, "steps")
+        parse_examples(self.attacked, 1)
+        grid = np.asarray(self.budgets, dtype=np.float64)
+        if not len(grid) or np.any(~np.isfinite(grid) | (grid <= 0)) or np.any(np.diff(grid) <= 0):
+            raise ValueError(f"budgets must be ascending and > 0, in the units of the input, got {list(self.budgets)}")
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise ValueError(f"names must be different attacks, and at least one, got {list(self.names)}")
 
 
 def check_name(value: str, known: Iterable[str], what: str) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from art_rs_plugins.benchmark.attacked import attack
-from art_rs_plugins.benchmark.config import RunConfig, TrainConfig
+from art_rs_plugins.benchmark.config import AttackConfig, RunConfig, TrainConfig
 from art_rs_plugins.benchmark.models import read_training
+from art_rs_plugins.benchmark.nearest import Nearest
 from art_rs_plugins.benchmark.records import Record, read_record
 from art_rs_plugins.benchmark.runs import certify
 from art_rs_plugins.benchmark.training import header, train
@@ -22,11 +23,12 @@ __all__ = ["Demo", "demo", "one_thread"]
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What `demo` did at one sigma: its record, and its audits by attack."""
+    """What `demo` did at one sigma: its record, its audits by attack, and adversarial examples."""
 
     sigma: float
     record: Record
     audits: dict[str, Audit]
+    nearest: Nearest | None
 
 
 def demo(folder: Path, *, sigmas: Sequence[float] = (0.25, 0.5), verbose: bool = False) -> list[Demo]:
@@ -51,8 +53,10 @@ def demo(folder: Path, *, sigmas: Sequence[float] = (0.25, 0.5), verbose: bool =
             elif read_training(weights) != header(config):
                 raise ValueError(f"{weights} was trained otherwise than the demo trains; choose another output folder")
             certify(RunConfig(weights=str(weights), sigma=sigma), record, verbose=verbose)
-            audits = attack(record, ("pgd", "smoothed-pgd"), (0.25, 0.5, 0.75, 1.0), verbose=verbose)
-            results.append(Demo(sigma, read_record(record), audits))
+            done = attack(record, [AttackConfig()], verbose=verbose)
+            if done.failed:
+                raise ValueError("; ".join(done.failed.values()))
+            results.append(Demo(sigma, read_record(record), done.audits, done.nearest))
     return results
 
 

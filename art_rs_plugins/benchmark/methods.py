@@ -9,32 +9,47 @@ from typing import Any
 
 from torch import nn
 
+from art_rs_plugins.benchmark.baselines import ArtSmoothing
 from art_rs_plugins.benchmark.config import NOISES, RunConfig, check_name
 from art_rs_plugins.benchmark.data import Dataset, load
+from art_rs_plugins.benchmark.defences import preprocessors
 from art_rs_plugins.benchmark.models import build, load_weights
 from art_rs_plugins.benchmark.modes import data_dependent
+from art_rs_plugins.estimators.aces import PyTorchACES
 from art_rs_plugins.estimators.adre import PyTorchADRE
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
 from art_rs_plugins.estimators.insta_rs import PyTorchInstaRS
+from art_rs_plugins.estimators.selection import as_core
 from art_rs_plugins.estimators.smooth_reduce import PyTorchSmoothReduce
 from art_rs_plugins.smoothing.scales import Conditional
+from art_rs_plugins.smoothing.selectors import ScoreSelector
 from art_rs_plugins.smoothing.sigma import MultiStartSearch
 from art_rs_plugins.smoothing.video import Max, Mean, Vote
 from art_rs_plugins.theory.patches import Pad, PatchGeometry, Placement
-from art_rs_plugins.theory.scales import Cascade, Envelope
+from art_rs_plugins.theory.scales import Cascade, Envelope, Selector
 
 __all__ = ["CERTIFICATES", "METHODS", "REDUCTIONS", "open_estimator", "smooth"]
 
-CERTIFICATES: dict[str, type[Envelope] | type[Cascade] | type[MultiStartSearch]] = {
+CERTIFICATES: dict[str, type[Envelope] | type[Cascade] | type[Selector] | type[MultiStartSearch]] = {
     "envelope": Envelope,
     "cascade": Cascade,
+    "selector": Selector,
     "conditional": MultiStartSearch,
 }
 """Certificates of Insta-RS by name, with the class whose settings are among the options; alpha is the estimator's."""
 
 
-def insta_rs(*args: Any, certificate: str = "envelope", **options: Any) -> PyTorchInstaRS:
-    """`PyTorchInstaRS` from the values of a configuration, such as certificate = "envelope", sigmas = [0.25, 0.5]."""
+def insta_rs(
+    *args: Any,
+    certificate: str = "envelope",
+    selector_model: str | None = None,
+    selector_weights: str | None = None,
+    **options: Any,
+) -> PyTorchInstaRS:
+    """`PyTorchInstaRS` from the values of a configuration, such as certificate = "envelope", sigmas = [0.25, 0.5].
+
+    The network of a ``selector`` comes from ``selector_model`` and ``selector_weights``; see `train_chooser`.
+    """
     family = CERTIFICATES[check_name(certificate, CERTIFICATES, "certificate")]
     if family is not MultiStartSearch and "sigmas" not in options:
         raise ValueError(f"certificate {certificate!r} needs the option sigmas, such as sigmas = [0.25, 0.5]")
@@ -42,7 +57,12 @@ def insta_rs(*args: Any, certificate: str = "envelope", **options: Any) -> PyTor
     own: dict[str, Any] = {name: _frozen(options.pop(name)) for name in names}
     chosen = family(**own)
     made = Conditional(chosen) if isinstance(chosen, MultiStartSearch) else chosen
-    return PyTorchInstaRS(*args, certificate=made, **options)
+    classifier = PyTorchInstaRS(*args, certificate=made, **options)
+    if selector_model is not None and selector_weights is not None:
+        chooser = build(selector_model, classifier.input_shape, len(own["sigmas"]), seed=0)
+        load_weights(chooser, Path(selector_weights))
+        classifier.selector = chooser.eval()
+    return classifier
 
 
 REDUCTIONS: dict[str, type[Mean] | type[Max] | type[Vote]] = {"mean": Mean, "max": Max, "vote": Vote}
@@ -61,6 +81,35 @@ def smooth_reduce(
     return PyTorchSmoothReduce(*args, geometry=geometry, **settings, **options)
 
 
+def aces(
+    network: nn.Module,
+    *args: Any,
+    core: str,
+    core_weights: str,
+    folder: Path,
+    theta: float = 0.3,
+    tau: float = 0.5,
+    **options: Any,
+) -> PyTorchACES:
+    """`PyTorchACES` from the values of a configuration: an entropy selector, and a core of another architecture.
+
+    Parameters
+    ----------
+    network, *args, **options
+        Of the smoothed classifier; see `PyTorchSmoothedClassifier`.
+    core, core_weights : str
+        Architecture by name, and its weights; a relative path begins in `folder`.
+    folder : Path
+        Of the record.
+    theta, tau : float
+        See `ScoreSelector`.
+    """
+    smoothed = PyTorchSmoothedClassifier(network, *args, **options)
+    accurate = build(core, smoothed.input_shape, smoothed.nb_classes, seed=0)
+    load_weights(accurate, folder / core_weights)
+    return PyTorchACES(core=as_core(accurate, smoothed), smoothed=smoothed, selector=ScoreSelector(theta, tau))
+
+
 def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -71,6 +120,8 @@ METHODS: dict[str, Callable[..., PyTorchSmoothedClassifier]] = {
     "insta-rs": insta_rs,
     "data-dependent": data_dependent,
     "smooth-reduce": smooth_reduce,
+    "aces": aces,
+    "art": ArtSmoothing,
 }
 """Estimators by name; the options of a configuration are arguments of the class."""
 
@@ -97,7 +148,7 @@ def open_estimator(
 ) -> tuple[Dataset, PyTorchSmoothedClassifier]:
     """Data set and smoothed classifier of a configuration; `block` rows in a forward pass where it names none.
 
-    A memory is a file of `folder`.
+    A memory, and the weights of a core, are files of `folder`.
 
     Raises
     ------
@@ -118,6 +169,13 @@ def open_estimator(
         "performance": config.performance(block),
         **config.options,
     }
+    if config.defences:
+        settings["preprocessing_defences"] = preprocessors(config.defences, data)
     if config.method == "data-dependent":
         settings |= {"dataset": data, "folder": folder}
+    if config.method == "aces":
+        if config.rule is not None or config.tolerance is not None:
+            raise ValueError("method 'aces' shares alpha out to its parts, for n or named radii; leave rule and "
+                             "tolerance out")   # fmt: skip
+        settings |= {"folder": folder}
     return data, smooth(network, data, config.sigma, config.device, config.seed, config.method, **settings)

@@ -108,7 +108,7 @@ def _load(record: Record) -> Nearest | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             return from_arrays(arrays) if str(arrays["record_sha256"]) == rows_digest(record) else None
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} holds no nearest examples ({error}); attack the record again") from error

@@ -5,20 +5,27 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from art_rs_plugins.benchmark.config import RULES, RunConfig, TrainConfig, check_name
+from art_rs_plugins.benchmark.attacked import KNOWN, Attacked, attack
+from art_rs_plugins.benchmark.audits import AUDITED
+from art_rs_plugins.benchmark.choosers import ChooserConfig, train_chooser
+from art_rs_plugins.benchmark.config import RULES, AttackConfig, RunConfig, TrainConfig, check_name
+from art_rs_plugins.benchmark.defences import check_defences
 from art_rs_plugins.benchmark.files import write_atomic
 from art_rs_plugins.benchmark.memory import write_study
 from art_rs_plugins.benchmark.methods import REDUCTIONS
 from art_rs_plugins.benchmark.models import read_training
+from art_rs_plugins.benchmark.paired import paired
 from art_rs_plugins.benchmark.records import Record
 from art_rs_plugins.benchmark.report import write_leaderboard, write_report
 from art_rs_plugins.benchmark.runs import certify_rules
+from art_rs_plugins.benchmark.thresholds import RADII, Tuning, tune
 from art_rs_plugins.benchmark.training import header, train
+from art_rs_plugins.theory.audit import Audit
 
 __all__ = ["Cell", "Done", "Suite", "names", "read", "run", "text"]
 
@@ -41,6 +48,13 @@ class Cell:
         How it is trained first.
     reductions : tuple of str
         Reductions of patches by name, which share their passes; with rules.
+    attacks : tuple of AttackConfig
+        What its certificates are attacked with, at the same budgets; some attacks may take fewer inputs than others.
+        What is not certified or exact is not attacked.
+    tuning : Tuning or None
+        How the theta of a composition is chosen first.
+    chooser : ChooserConfig or None
+        How the selector of Insta-RS is trained first.
     """
 
     name: str
@@ -48,16 +62,28 @@ class Cell:
     rules: tuple[str, ...] = ()
     training: TrainConfig | None = None
     reductions: tuple[str, ...] = ()
+    attacks: tuple[AttackConfig, ...] = ()
+    tuning: Tuning | None = None
+    chooser: ChooserConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not all(letter.isalnum() or letter in "-_." for letter in self.name):
             raise ValueError(f"name of a cell must be letters, digits, '-', '_' and '.', got {self.name!r}")
         for rule in self.rules:
             check_name(rule, RULES, f"rule of cell {self.name}")
+        check_defences(self.run.defences, training=False)
+        check_defences(() if self.training is None else self.training.defences, training=True)
+        for group in self.attacks:
+            for name in group.names:
+                check_name(name, KNOWN, f"attack of cell {self.name}")
         for reduction in self.reductions:
             check_name(reduction, REDUCTIONS, f"reduction of cell {self.name}")
         if self.reductions and not self.rules:
             raise ValueError(f"reductions of cell {self.name} share their passes under named rules; name rules as well")
+        if self.chooser is not None and self.run.options.get("certificate") != "selector":
+            raise ValueError(f"selector of cell {self.name} needs method 'insta-rs' and its certificate 'selector'")
+        if self.tuning is not None and self.run.method != "aces":
+            raise ValueError(f"tune of cell {self.name} needs method 'aces', got {self.run.method!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +104,24 @@ class Suite:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a suite came to: its table in Markdown, its records, and the cells that failed, with the reason."""
+    """What a suite came to.
+
+    Attributes
+    ----------
+    table : str
+        Leaderboard, in Markdown.
+    records : list of Record
+        Of every cell, under each of its rules.
+    audits : list of dict of Audit, or None
+        For each record its audits by attack, with ``"all"`` for the worst of them.
+    failed : dict of str
+        Cells, and attacks on a record, that failed, with the reason in a sentence.
+    """
 
     table: str
     records: list[Record]
-    failed: dict[str, str] = field(default_factory=dict)
+    audits: list[dict[str, Audit] | None]
+    failed: dict[str, str]
 
 
 def names() -> list[str]:
@@ -103,9 +142,10 @@ def text(suite: str) -> str:
 def read(suite: str) -> Suite:
     """Suite of this name or path.
 
-    The tables ``[run]`` and ``[train]`` hold what the cells share, each ``[[cell]]`` its ``name``, ``rules``, and what
-    it changes: ``run = {...}`` and ``train = {...}``. A cell without ``train`` takes weights as they are. Variables of
-    the environment in ``weights`` are filled in.
+    The tables ``[run]``, ``[train]`` and ``[attack]`` hold what the cells share, each ``[[cell]]`` its ``name``,
+    ``rules``, and what it changes: ``run = {...}`` and ``train = {...}``. A cell without ``train`` takes weights as
+    they are. Each of ``[[attacks]]`` names attacks, and what they change of ``[attack]``; a cell's own
+    ``attacks = [...]`` stand for those, none for ``[]``. Variables of the environment in ``weights`` are filled in.
 
     Raises
     ------
@@ -116,26 +156,42 @@ def read(suite: str) -> Suite:
         values = tomllib.loads(text(suite))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"suite {suite} is not TOML: {error}") from error
-    _check_names(values, ("run", "train", "cell"), "suite")
+    _check_names(values, ("run", "train", "attack", "attacks", "cell"), "suite")
     cells = []
     for cell in values.get("cell", ()):
-        _check_names(cell, ("name", "rules", "reductions", "run", "train"), "cell")
+        _check_names(cell, ("name", "rules", "reductions", "run", "train", "attacks", "tune", "selector"), "cell")
         own = _settings(RunConfig, values.get("run", {}), cell.get("run", {}))
         training = None
         if "train" in cell:
             shared = {name: own[name] for name in own if name in ("data", "model", "sigma", "seed", "device")}
             training = TrainConfig(**_settings(TrainConfig, shared, values.get("train", {}), cell["train"]))
-        named = {name: tuple(cell.get(name, ())) for name in ("rules", "reductions")}
-        cells.append(Cell(cell.get("name", ""), RunConfig(**own), training=training, **named))
+        named: dict[str, Any] = {name: tuple(cell.get(name, ())) for name in ("rules", "reductions")}
+        groups = cell.get("attacks", values.get("attacks", ()))
+        attacks = tuple(AttackConfig(**_settings(AttackConfig, values.get("attack", {}), group)) for group in groups)
+        before: dict[str, Any] = {
+            field: family(**_settings(family, cell[name]))
+            for name, field, family in (("tune", "tuning", Tuning), ("selector", "chooser", ChooserConfig))
+            if name in cell
+        }
+        cells.append(
+            Cell(cell.get("name", ""), RunConfig(**own), training=training, attacks=attacks, **named, **before)
+        )
     return Suite(tuple(cells))
 
 
-def _settings(family: type[RunConfig] | type[TrainConfig], *parts: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(family: type[Any], *parts: Mapping[str, Any]) -> dict[str, Any]:
     known = tuple(f.name for f in fields(family))
     for part in parts:
         _check_names(part, known, family.__name__)
     merged = {name: value for part in parts for name, value in part.items()}
-    return {name: os.path.expandvars(value) if name == "weights" else value for name, value in merged.items()}
+    return {name: _expanded(value) if name in ("weights", "options") else value for name, value in merged.items()}
+
+
+def _expanded(value: Any) -> Any:
+    """Settings with the variables of the environment filled in."""
+    if isinstance(value, dict):
+        return {name: _expanded(part) for name, part in value.items()}
+    return os.path.expandvars(value) if isinstance(value, str) else value
 
 
 def _check_names(values: Mapping[str, Any], known: Sequence[str], what: str) -> None:
@@ -144,21 +200,22 @@ def _check_names(values: Mapping[str, Any], known: Sequence[str], what: str) -> 
 
 
 def run(suite: Suite, output: Path, *, verbose: bool = False) -> Done:
-    """Run every cell, going on where an earlier run stopped, and write records, leaderboard and report.
+    """Train, certify and attack every cell, going on where an earlier run stopped; write records, table and report.
 
     Parameters
     ----------
     suite : Suite
         What to run.
     output : Path
-        Folder: ``<cell>.safetensors``, ``<cell>.<rule>.tsv``, ``leaderboard.md``, ``.csv``, ``.tex``, ``report.html``.
+        Folder: ``<cell>.safetensors``, ``<cell>.<rule>.tsv`` with their attacks beside them, ``leaderboard.md``,
+        ``.csv``, ``.tex``, ``paired.md`` (differences from the first record), ``report.html``.
     verbose : bool
         Show progress bars.
 
     Returns
     -------
     Done
-        A cell that fails does not stop the others.
+        A cell or an attack that fails does not stop the others.
 
     Raises
     ------
@@ -166,19 +223,51 @@ def run(suite: Suite, output: Path, *, verbose: bool = False) -> Done:
         If no cell could be run.
     """
     records: list[Record] = []
+    found: list[Attacked | None] = []
     failed: dict[str, str] = {}
     for cell in suite.cells:
         try:
-            records += _run_cell(cell, output, verbose)
+            own = _run_cell(cell, output, verbose)
+            records += own
+            found += [_attacked(cell, record, verbose) for record in own]
         except (ValueError, TypeError, OSError, ImportError) as error:
             failed[cell.name] = str(error)
+            found += [None] * (len(records) - len(found))
     if not records:
         raise ValueError("no cell could be run: " + "; ".join(f"{name}: {reason}" for name, reason in failed.items()))
-    table = write_leaderboard(records, output / "leaderboard")
-    write_report(records, "html", output / "report.html")
+    for record, done in zip(records, found, strict=True):
+        failed |= {f"{record.name}, {name}": why for name, why in ({} if done is None else done.failed).items()}
+    audits = [None if done is None or not done.audits else done.audits for done in found]
+    nearest = [None if done is None else done.nearest for done in found]
+    table = write_leaderboard(records, output / "leaderboard", audits=audits)
+    radii = next((cell.run.radii for cell in suite.cells if cell.run.radii is not None), RADII)
+    differences = paired(records, radii)
+    if differences is not None:
+        title = f"Against {records[0].name}, input by input (standard errors)"
+        write_atomic(output / "paired.md", f"{title}:\n\n{differences}".encode())
+    extras = [(path.name.removesuffix(".md"), _beside(path)) for path in sorted(output.glob("*.md"))
+              if path.name != "leaderboard.md"]   # fmt: skip
+    notes = [f"FAILED {name}: {why}" for name, why in failed.items()]
+    page = output / "report.html"
+    write_report(records, "html", page, audits=audits, nearest=nearest, extras=extras, notes=notes)
     if failed:
         write_atomic(output / "failed.txt", "".join(f"{name}: {why}\n" for name, why in failed.items()).encode())
-    return Done(table, records, failed)
+    else:
+        (output / "failed.txt").unlink(missing_ok=True)
+    return Done(table, records, audits, failed)
+
+
+def _beside(path: Path) -> str:
+    """Text of a study, and its drawing where there is one."""
+    drawing = path.with_suffix(".svg")
+    return path.read_text() + ("\n" + drawing.read_text() if drawing.exists() else "")
+
+
+def _attacked(cell: Cell, record: Record, verbose: bool) -> Attacked | None:
+    """What the attacks of a cell came to on one of its records, if there is anything to attack."""
+    if not cell.attacks or record.kind not in AUDITED:
+        return None
+    return attack(record.path, cell.attacks, verbose=verbose)
 
 
 def _run_cell(cell: Cell, output: Path, verbose: bool) -> list[Record]:
@@ -190,6 +279,11 @@ def _run_cell(cell: Cell, output: Path, verbose: bool) -> list[Record]:
         elif read_training(weights) != header(cell.training):
             raise ValueError(f"{weights} was trained otherwise than this suite trains; choose another output folder")
         config = replace(config, weights=str(weights))
+    if cell.chooser is not None:
+        config = train_chooser(config, cell.chooser, output / f"{cell.name}.selector.safetensors")
+    if cell.tuning is not None:
+        theta = tune(config, cell.tuning, output / cell.name, verbose=verbose)
+        config = replace(config, options={**config.options, "theta": theta})
     reduced = {
         f"{cell.name}.{name}": replace(config, options={**config.options, "reduction": name})
         for name in cell.reductions
