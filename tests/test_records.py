@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from art_rs_plugins.benchmark.files import companion, digest, write_atomic
+from art_rs_plugins.benchmark import writer
+from art_rs_plugins.benchmark.files import companion, digest, lock, write_atomic
 from art_rs_plugins.benchmark.records import (
     SCHEMA,
     read_manifest,
@@ -424,6 +425,21 @@ def test_one_process_writes_a_record_at_a_time(tmp_path: Path) -> None:
         assert (tmp_path / "run.tsv").read_bytes() == before
     write(tmp_path / "run.tsv", certificates, labels)
     assert read_record(tmp_path / "run.tsv").idx.tolist() == [0, 10, 20, 30, 40]
+
+
+def test_whoever_comes_second_leaves_the_manifest_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (RecordWriter(tmp_path / "run.tsv", {"name": name}) for name in ("first", "second"))
+
+    def in_between(stream: Any, path: Path) -> None:
+        monkeypatch.setattr(writer, "lock", lock)
+        first.__enter__()
+        lock(stream, path)
+
+    monkeypatch.setattr(writer, "lock", in_between)
+    with pytest.raises(BlockingIOError, match="another process"):
+        second.__enter__()
+    assert read_manifest(tmp_path / "run.tsv")["config"] == {"name": "first"}
+    first.__exit__(None, None, None)
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from support import TEST, X, Y, digits_network, smooth
 from torch.utils.data import DataLoader, TensorDataset
 
+from art_rs_plugins import PyTorchDataDependentSmoothing
 from art_rs_plugins.benchmark.arrays import ArrayBatches, ArrayFile, NpzBatches, open_folder
 from art_rs_plugins.benchmark.attacked import rebuild
 from art_rs_plugins.benchmark.config import RunConfig, parse_examples
@@ -32,6 +33,8 @@ from art_rs_plugins.benchmark.runs import certify, certify_rules
 from art_rs_plugins.benchmark.shards import Shard, merge
 from art_rs_plugins.benchmark.streams import certify_batches
 from art_rs_plugins.cli import main
+from art_rs_plugins.estimators.modes import Frozen
+from art_rs_plugins.theory.elastic import ElasticSigma
 
 CONFIG = RunConfig(model="support:digits_network", device="cpu", n=300, n0=20, examples=":48", block=100)
 
@@ -258,6 +261,8 @@ def edited(record: Record, folder: Path, name: str, **changes: Any) -> Record:
         ({"block": 50}, "they differ in block"),
         ({"further_sha256": "ab"}, "they differ in further_sha256"),
         ({"data_sha256": "ab"}, "made with other inputs than digits holds now"),
+        ({"labels_sha256": "ab"}, "made with other labels than digits holds now"),
+        ({"network_outputs": 7.0}, "they differ in what the network answers"),
         ({"shard": {"number": 1, "count": 2, "of": ":48"}}, "are not shards of one division"),
         ({"shard": None}, "are not shards of one division"),
         ({"indices_sha256": "ab"}, "is not finished"),
@@ -266,6 +271,9 @@ def edited(record: Record, folder: Path, name: str, **changes: Any) -> Record:
 def test_shards_of_other_runs_are_refused(
     shards: list[Record], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
+    if "network_outputs" in change:
+        known = shards[2].manifest["network_outputs"]
+        change = {"network_outputs": (np.array(known) + change["network_outputs"]).tolist()}
     other = edited(shards[2], tmp_path, "other.tsv", **change)
     with pytest.raises(ValueError, match=message):
         merge([*shards[:2], other], tmp_path / "merged.tsv")
@@ -385,6 +393,24 @@ def test_a_stream_of_other_things_is_refused(tmp_path: Path, change: dict[str, A
     with pytest.raises(ValueError, match=message):
         certify_batches(estimator, [(x[:last], y[:last])], tmp_path / "run.tsv", **asked)
     assert (tmp_path / "run.tsv").read_bytes() == before
+
+
+def test_a_stream_is_not_continued_with_other_promises(tmp_path: Path) -> None:
+    def frozen(radius: float) -> PyTorchDataDependentSmoothing:
+        made = smooth(digits_network()).certificates(X[:2], n=100, seed=0)
+        made = replace(made, radius=np.full(2, radius), abstained=np.zeros(2, dtype=bool))
+        mode = Frozen.of(X[:2], made)
+        return PyTorchDataDependentSmoothing.from_classifier(smooth(digits_network()), mode=mode)
+
+    batches = [(X[TEST][:4], Y[TEST][:4])]
+    certify_batches(frozen(0.1), batches, tmp_path / "run.tsv", **STREAM)
+    certify_batches(frozen(0.1), batches, tmp_path / "run.tsv", **STREAM)
+    with pytest.raises(ValueError, match=r"config\.mode is"):
+        certify_batches(frozen(0.2), batches, tmp_path / "run.tsv", **STREAM)
+    nameless = ElasticSigma(lambda x: np.zeros(len(x)), base=0.25, rate=0.1, centre=0.0)
+    estimator = PyTorchDataDependentSmoothing.from_classifier(smooth(digits_network()), mode=nameless)
+    with pytest.raises(ValueError, match=r"mode holds .* of which nobody can tell later"):
+        certify_batches(estimator, batches, tmp_path / "other.tsv", **STREAM)
 
 
 def test_batches_that_change_between_readings_are_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from art.estimators.certification.randomized_smoothing import (
     PyTorchMACER,
     PyTorchRandomizedSmoothing,
@@ -21,7 +22,8 @@ from torch import Tensor, nn, optim
 
 from art_rs_plugins.benchmark.evasion import global_seeds
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
-from art_rs_plugins.smoothing.noise import derive_seed
+from art_rs_plugins.smoothing.noise import Gaussian, derive_seed
+from art_rs_plugins.smoothing.sampling import strict_votes
 from art_rs_plugins.theory.bounds import clopper_pearson_lower
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.rules import OneSided, Rule
@@ -33,13 +35,31 @@ if TYPE_CHECKING:
 __all__ = ["TRAINED_BY_ART", "ArtSmoothing", "baseline"]
 
 
+class _Strict(nn.Module):
+    """Votes of f as ART's code is to count them: one-hot, with a last class for what is no valid vote.
+
+    ART takes the argmax, which is class 0 for NaN and among ties.
+    """
+
+    def __init__(self, f: nn.Module) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, noisy: Tensor) -> Tensor:
+        logits = self.f(noisy)
+        winner, valid = strict_votes(logits)
+        place = torch.where(valid, winner, logits.shape[1])
+        return torch.zeros((len(logits), logits.shape[1] + 1), device=logits.device).scatter_(1, place[:, None], 1.0)
+
+
 class ArtSmoothing(PyTorchSmoothedClassifier):
     """The same network, certified by ART's `PyTorchRandomizedSmoothing.certify`; answers and attacks are as of ours.
 
     Notes
     -----
     *Guarantee.* That of `PyTorchSmoothedClassifier`, except that radii are as ART rounds them, and that noise is drawn
-    in float64 from NumPy's global generator, seeded by (seed, index) for each input.
+    in float64 from NumPy's global generator, seeded by (seed, index) for each input. ART's code counts, but a vote that
+    is not valid counts for no class, as everywhere here.
 
     *Source.* Cohen et al. (2019), CERTIFY, in ART's code; needs statsmodels, which ART does not declare.
     """
@@ -49,11 +69,13 @@ class ArtSmoothing(PyTorchSmoothedClassifier):
     ) -> list[Certificates]:
         if list(rules) != [OneSided(self.alpha)]:
             raise ValueError("ART certifies the whole radius by a rule of its own; leave rule, radii and tolerance out")
+        if self.noise is not Gaussian:
+            raise ValueError(f"noise must be Gaussian, which is all that ART draws, got {self.noise.__name__}")
         theirs = PyTorchRandomizedSmoothing(
-            f,
+            _Strict(f),
             self.loss,
             self.input_shape,
-            self.nb_classes,
+            self.nb_classes + 1,
             channels_first=self.channels_first,
             device_type=self.device_type,
             sample_size=n0,
@@ -74,6 +96,8 @@ class ArtSmoothing(PyTorchSmoothedClassifier):
                 answer, radius[row : row + 1] = theirs.certify(inputs[row : row + 1], n=n, batch_size=1000)
             abstained[row] = answer[0] == -1
         chosen = np.stack(seen[0::2]).argmax(axis=1)
+        abstained |= chosen == self.nb_classes   # what is no valid vote leads
+        radius[abstained] = 0.0
         votes = np.stack(seen[1::2]).astype(np.int64)
         rivals = votes.copy()
         np.put_along_axis(rivals, chosen[:, None], 0, axis=1)
@@ -81,7 +105,7 @@ class ArtSmoothing(PyTorchSmoothedClassifier):
         lower = clopper_pearson_lower(counted, n, self.alpha)
         return [
             Certificates(
-                prediction=chosen,
+                prediction=np.minimum(chosen, self.nb_classes - 1),
                 radius=radius,
                 abstained=abstained,
                 p_lower=lower,
@@ -109,7 +133,9 @@ def _macer(config: TrainConfig) -> dict[str, Any]:
 
 def _smooth_adv(config: TrainConfig) -> dict[str, Any]:
     """One noisy copy: with more ART's code stops. Its attack is in linf and takes `eps` for that."""
-    return {"epsilon": config.eps or 0.25, "num_steps": config.steps, "warmup": max(1, config.warmup)}
+    if not config.eps > 0.0:
+        raise ValueError(f"eps must be > 0 for art-smoothadv, such as 0.1, got {config.eps}")
+    return {"epsilon": config.eps, "num_steps": config.steps, "warmup": max(1, config.warmup)}
 
 
 def _smooth_mix(config: TrainConfig) -> dict[str, Any]:

@@ -155,7 +155,7 @@ DEFENCES: Mapping[str, Defence] = {
         Defence("jpeg", "JpegCompression", Place.INSIDE, Status.SOUND, _INSIDE, _jpeg),
         Defence("spatial-smoothing", "SpatialSmoothing", Place.INSIDE, Status.SOUND, _INSIDE, _median),
         Defence("total-variation", "TotalVarMin(prob=1)", Place.INSIDE, Status.SOUND, _INSIDE, _variation),
-        Defence("denoiser", "PixelDefend, InverseGAN, DefenseGAN", Place.BASE, Status.SOUND, _INSIDE),
+        Defence("denoiser", "PixelDefend, any deterministic denoiser", Place.BASE, Status.SOUND, _INSIDE),
         Defence("gaussian-augmentation", "GaussianAugmentation", Place.DATA, Status.SOUND, _RANDOM, _augment),
         Defence("label-smoothing", "LabelSmoothing", Place.DATA, Status.SOUND, _RANDOM, lambda _: LabelSmoothing(0.9)),
         Defence(

@@ -160,14 +160,19 @@ def summarize(record: Record) -> Summary:
 
 
 def record_labels(records: Sequence[Record]) -> list[str]:
-    """Name of each record, with as many folders before it as tell it from the others of that name."""
+    """Name of each record, with as many folders before it as tell it from the others of that name.
+
+    What ART's own code has certified says so.
+    """
     names = [record.name for record in records]
     for depth in range(1, max(len(record.path.parts) for record in records)):
         twins = [names.count(name) > 1 for name in names]
         for number, record in enumerate(records):
             if twins[number]:
                 names[number] = "/".join([*record.path.parts[-1 - depth : -1], record.name])
-    return [name if names.count(name) == 1 else f"{name} #{number + 1}" for number, name in enumerate(names)]
+    marks = [" (ART)" if _setting(record, "method") == "art" else "" for record in records]
+    unique = [name if names.count(name) == 1 else f"{name} #{number + 1}" for number, name in enumerate(names)]
+    return [name + mark for name, mark in zip(unique, marks, strict=True)]
 
 
 def cell(value: float | None, form: str) -> str:
