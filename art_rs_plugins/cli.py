@@ -166,7 +166,7 @@ def certify(
 @app.command()
 def attack(
     record: Annotated[Path, typer.Argument(help="Record of art-rs certify.")],
-    name: Annotated[list[str] | None, typer.Option("--attack", help="Attack, such as square; repeat. An unknown name lists all.")] = None,
+    name: Annotated[list[str] | None, typer.Option("--attack", help="Attack; repeat. Unknown ones list all.")] = None,
     budget: Annotated[list[float] | None, typer.Option(help="l2 budget; repeat for several.")] = None,
     steps: Annotated[int, typer.Option(help="Gradient steps.")] = 20,
     n: Annotated[int, typer.Option(help="Votes for each adversarial input.")] = 200,
