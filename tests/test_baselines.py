@@ -19,6 +19,8 @@ from art_rs_plugins.benchmark.baselines import TRAINED_BY_ART, ArtSmoothing
 from art_rs_plugins.benchmark.config import RunConfig, TrainConfig
 from art_rs_plugins.benchmark.evasion import global_seeds
 from art_rs_plugins.benchmark.methods import METHODS, open_estimator
+from art_rs_plugins.benchmark.runs import certify
+from art_rs_plugins.benchmark.tables import record_labels
 from art_rs_plugins.benchmark.training import train
 from art_rs_plugins.smoothing.noise import derive_seed
 from art_rs_plugins.theory.radii import gaussian_radius
@@ -124,3 +126,10 @@ def test_what_is_no_valid_vote_counts_for_no_class() -> None:
         assert not found.radius.any()
     with pytest.raises(ValueError, match="noise must be Gaussian"):
         theirs(Ties(), noise=GridGaussian).certificates(np.zeros((1, 1, 8, 8), np.float32), n=N)
+
+
+def test_rows_of_art_say_so(tmp_path: Path) -> None:
+    settings = {"model": "support:digits_network", "examples": ":3", "n": 100, "n0": 20}
+    ours = certify(RunConfig(**settings), tmp_path / "ours.tsv")
+    art = certify(RunConfig(**settings, method="art"), tmp_path / "theirs.tsv")
+    assert record_labels([ours, art]) == ["ours", "theirs (ART)"]
