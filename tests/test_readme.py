@@ -23,7 +23,7 @@ def test_snippets_run_one_after_the_other(capsys):
 
 
 def test_results_name_their_commands():
-    for command in ("art-rs demo", "tests/benchmarks --benchmark-enable", "tests/test_sequences.py -s"):
+    for command in ("art-rs demo", "tests/benchmarks/test_goals.py --benchmark-enable", "tests/test_sequences.py -s"):
         assert command in README
 
 
