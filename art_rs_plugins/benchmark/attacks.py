@@ -6,7 +6,6 @@ query to the next, take its `attack_view`; fresh votes of the estimator judge wh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from io import StringIO
@@ -28,7 +27,7 @@ from art.attacks.evasion import (
 )
 from numpy.typing import NDArray
 
-from art_rs_plugins.benchmark.evasion import Attack, Craft, Images, run_attack
+from art_rs_plugins.benchmark.evasion import Attack, Craft, Images, linf_budget, run_attack
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
 from art_rs_plugins.estimators.inputs import as_limits
 from art_rs_plugins.smoothing.adversary import SmoothedPGD
@@ -51,16 +50,11 @@ def _fgm(estimator: PyTorchSmoothedClassifier, budget: float, _steps: int, _seed
 
 def _pgd(family: type, norm: float = 2) -> Callable[[PyTorchSmoothedClassifier, float, int, int], Craft]:
     def make(estimator: PyTorchSmoothedClassifier, budget: float, steps: int, _seed: int) -> Craft:
-        eps = budget if norm == 2 else _linf(estimator, budget)
+        eps = budget if norm == 2 else linf_budget(estimator, budget)
         settings = {"norm": norm, "eps": eps, "eps_step": 2.5 * eps / steps, "max_iter": steps, "verbose": False}
         return _generate(family(estimator, **settings))
 
     return make
-
-
-def _linf(estimator: Any, budget: float) -> float:
-    """Largest linf budget whose ball lies in the l2 ball of `budget`: each of d values moves by budget / sqrt(d)."""
-    return budget / math.sqrt(math.prod(estimator.input_shape))
 
 
 def _auto_pgd(loss: str) -> Callable[[PyTorchSmoothedClassifier, float, int, int], Craft]:
@@ -93,7 +87,7 @@ def _square(estimator: PyTorchSmoothedClassifier, budget: float, steps: int, _se
 
 def _square_attack(view: Any, budget: float, steps: int) -> SquareAttack:
     """In linf: in l2 ART's divides by norms of zero, and asks about NaN."""
-    return SquareAttack(view, norm=np.inf, eps=_linf(view, budget), max_iter=10 * steps, verbose=False)
+    return SquareAttack(view, norm=np.inf, eps=linf_budget(view, budget), max_iter=10 * steps, verbose=False)
 
 
 def _carlini(estimator: PyTorchSmoothedClassifier, _budget: float, steps: int, _seed: int) -> Craft:
@@ -178,7 +172,7 @@ def _smoothed_pgd(estimator: PyTorchSmoothedClassifier, budget: float, steps: in
 
 def _smoothed_linf(estimator: PyTorchSmoothedClassifier, budget: float, steps: int, seed: int) -> Craft:
     """Signs of the smoothed gradient, with fresh draws in each step."""
-    eps = _linf(estimator, budget)
+    eps = linf_budget(estimator, budget)
     limits = as_limits(estimator.clip_values, estimator.input_shape, estimator.channels_first)
 
     def craft(x: Images, y: NDArray[np.int64]) -> Images:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from art_rs_plugins.benchmark.config import RunConfig, parse_examples
+from art_rs_plugins.benchmark.config import RunConfig, check_learning_rate, parse_examples
 from art_rs_plugins.benchmark.files import check_folder, digest_rows
 from art_rs_plugins.benchmark.methods import open_estimator
 from art_rs_plugins.benchmark.models import build, read_training, save_weights
@@ -49,8 +49,7 @@ class ChooserConfig:
         parse_examples(self.examples, 1)
         for name in ("draws", "epochs", "batch_size"):
             check_count(getattr(self, name), name)
-        if not 0.0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be finite and > 0, got {self.learning_rate}")
+        check_learning_rate(self.learning_rate)
 
 
 def train_chooser(config: RunConfig, chooser: ChooserConfig, path: Path) -> RunConfig:

@@ -26,7 +26,9 @@ __all__ = [
     "AttackConfig",
     "RunConfig",
     "TrainConfig",
+    "check_budgets",
     "check_device",
+    "check_learning_rate",
     "check_name",
     "parse_examples",
     "parse_options",
@@ -71,8 +73,7 @@ class TrainConfig:
             check_count(getattr(self, name), name)
         check_count(self.warmup, "warmup", least=0)
         parse_examples(self.examples, 1)
-        if not 0.0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be finite and > 0, got {self.learning_rate}")
+        check_learning_rate(self.learning_rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +148,24 @@ class AttackConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_seed(self.seed), check_count(self.n, "n"), check_count(self.steps, "steps")
         parse_examples(self.attacked, 1)
-        grid = np.asarray(self.budgets, dtype=np.float64)
-        if not len(grid) or np.any(~np.isfinite(grid) | (grid <= 0)) or np.any(np.diff(grid) <= 0):
-            raise ValueError(f"budgets must be ascending and > 0, in the units of the input, got {list(self.budgets)}")
+        check_budgets(self.budgets)
         if not self.names or len(set(self.names)) < len(self.names):
             raise ValueError(f"names must be different attacks, and at least one, got {list(self.names)}")
+
+
+def check_learning_rate(value: float) -> float:
+    """Return a learning rate that is finite and > 0; ``ValueError`` for another."""
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"learning_rate must be finite and > 0, got {value}")
+    return value
+
+
+def check_budgets(budgets: Sequence[float]) -> NDArray[np.float64]:
+    """Return budgets (e,), ascending and > 0; ``ValueError`` for others."""
+    grid = np.asarray(budgets, dtype=np.float64)
+    if grid.ndim != 1 or not len(grid) or np.any(~np.isfinite(grid) | (grid <= 0)) or np.any(np.diff(grid) <= 0):
+        raise ValueError(f"budgets must be ascending and > 0, in the units of the input, got {list(budgets)}")
+    return grid
 
 
 def check_name(value: str, known: Iterable[str], what: str) -> str:

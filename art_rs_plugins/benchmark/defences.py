@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from art_rs_plugins.benchmark.config import check_name
 from art_rs_plugins.benchmark.data import Dataset
+from art_rs_plugins.benchmark.evasion import linf_budget
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
 from art_rs_plugins.smoothing.selectors import ScoreSelector
 
@@ -124,7 +125,7 @@ def _adversarial(estimator: PyTorchSmoothedClassifier, budget: float, steps: int
 
 
 def _madry(estimator: PyTorchSmoothedClassifier, budget: float, steps: int) -> AdversarialTrainerMadryPGD:
-    eps = budget / torch.Size(estimator.input_shape).numel() ** 0.5
+    eps = linf_budget(estimator, budget)
     return AdversarialTrainerMadryPGD(estimator, eps=eps, eps_step=2.5 * eps / steps, max_iter=steps)
 
 
@@ -139,7 +140,7 @@ def _awp(estimator: PyTorchSmoothedClassifier, budget: float, steps: int) -> Adv
 
 def _fast(estimator: PyTorchSmoothedClassifier, budget: float, steps: int) -> AdversarialTrainerFBFPyTorch:   # noqa: ARG001
     estimator.model.train()   # it trains in the mode that it finds
-    return AdversarialTrainerFBFPyTorch(estimator, eps=budget / torch.Size(estimator.input_shape).numel() ** 0.5)
+    return AdversarialTrainerFBFPyTorch(estimator, eps=linf_budget(estimator, budget))
 
 
 _INSIDE = "a function of the noisy input is a part of f"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from tqdm.auto import tqdm
 
+from art_rs_plugins.benchmark.config import check_budgets
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
 from art_rs_plugins.smoothing.noise import check_seed, derive_seed
 from art_rs_plugins.smoothing.sampling import check_count
@@ -21,7 +23,17 @@ from art_rs_plugins.theory.audit import AttackOutcomes, suspects
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.metrics import check_labels
 
-__all__ = ["Attack", "Craft", "Images", "check_votes", "find_examples", "global_seeds", "judge", "run_attack"]
+__all__ = [
+    "Attack",
+    "Craft",
+    "Images",
+    "check_votes",
+    "find_examples",
+    "global_seeds",
+    "judge",
+    "linf_budget",
+    "run_attack",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -208,15 +220,18 @@ def _checked(
 ) -> tuple[Images, NDArray[np.int64], NDArray[np.float64]]:
     inputs = np.asarray(x, dtype=np.float32)
     known = check_labels(labels, len(inputs))
-    grid = np.asarray(budgets, dtype=np.float64)
-    if grid.ndim != 1 or not len(grid) or np.any(~np.isfinite(grid) | (grid <= 0)) or np.any(np.diff(grid) <= 0):
-        raise ValueError(f"budgets must be ascending and > 0, in the units of the input, got {list(budgets)}")
+    grid = check_budgets(budgets)
     if np.any(known < 0) or np.any(known >= estimator.nb_classes):
         span = f"[{known.min()}, {known.max()}]"
         raise ValueError(f"labels must be class indices in [0, {estimator.nb_classes}), got values in {span}")
     if not np.all(np.isfinite(inputs)):
         raise ValueError("x must be finite, got NaN or Inf; remove or repair these inputs")
     return inputs, known, grid
+
+
+def linf_budget(estimator: Any, budget: float) -> float:
+    """Largest linf budget whose ball lies in the l2 ball of `budget`: each of d values moves by budget / sqrt(d)."""
+    return budget / math.sqrt(math.prod(estimator.input_shape))
 
 
 def check_votes(estimator: PyTorchSmoothedClassifier, n: int) -> None:

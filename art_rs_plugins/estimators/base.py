@@ -22,7 +22,6 @@ from art_rs_plugins.estimators.inputs import (
     as_sigma,
     warn_if_hopeless,
 )
-from art_rs_plugins.estimators.interface import SmoothedInterface
 from art_rs_plugins.estimators.preprocessing import is_augmentation, make_transform
 from art_rs_plugins.estimators.tables import TableMaker
 from art_rs_plugins.estimators.training import Trainable
@@ -45,7 +44,7 @@ N, N_MAX, PILOT = 10_000, 100_000, 500
 """Estimation draws by default; the most that a sequential or planned certificate takes; the least of a pilot."""
 
 
-class PyTorchSmoothedClassifier(Trainable, SmoothedInterface, PyTorchRandomizedSmoothing):
+class PyTorchSmoothedClassifier(Trainable, PyTorchRandomizedSmoothing):
     r"""A PyTorch classifier smoothed by Gaussian noise, certified in l2, attackable and trainable by ART.
 
     ``model`` is a `SmoothedModule` whose ``base`` is the network: attacks and trainers of ART that reach for the model

@@ -319,7 +319,7 @@ class PyTorchDataDependentSmoothing(PyTorchSmoothedClassifier):
             return [mode.settle(x, each) for each in certify_all(f, x, Gaussian(self.scale), **settings)]
         if not isinstance(mode, Commit | Conditional):
             return certify_at(f, x, mode, **settings)
-        return certify_frozen(f, x, mode.search, start=self.scale, probabilities=self.model.probabilities, **settings)
+        return certify_frozen(f, x, mode, start=self.scale, probabilities=self.model.probabilities, **settings)
 
     def _predict(
         self, f: nn.Module, x: Tensor, *, n: int, alpha: float, seed: int, indices: NDArray[np.int64]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
 from art_rs_plugins.estimators.inputs import as_one_hot, check_lengths
-from art_rs_plugins.estimators.training import read_state, target_of
+from art_rs_plugins.estimators.training import read_weights, target_of
 from art_rs_plugins.smoothing.certify import Predictions, predict
 from art_rs_plugins.smoothing.modules import BaseClassifier
 from art_rs_plugins.smoothing.noise import Gaussian
@@ -155,7 +155,7 @@ class PyTorchInstaRS(PyTorchSmoothedClassifier):
         if not isinstance(chosen, Conditional):
             return certify_at(f, x, chosen, rules=rules, **votes)
         settings = {"start": self.scale, "probabilities": self.model.probabilities, "rules": rules}
-        return certify_frozen(f, x, chosen.search, **settings, **votes)
+        return certify_frozen(f, x, chosen, **settings, **votes)
 
     def _predict(
         self, f: nn.Module, x: Tensor, *, n: int, alpha: float, seed: int, indices: NDArray[np.int64]
@@ -265,16 +265,10 @@ class PyTorchInstaRS(PyTorchSmoothedClassifier):
         """As in the base class, and the selector's weights where `selector` is given already."""
         chooser = self.selector
         target = f"{target_of(filename, path)}.selector"
-        state = {} if chooser is None else read_state(target, self.device)
-        if chooser is not None and _shapes(state) != _shapes(chooser.state_dict()):
-            raise ValueError(f"{target} does not fit the selector; build the network that it was saved from")
+        state = {} if chooser is None else read_weights(target, chooser, self.device)
         super().load(filename, path)
         if chooser is not None:
             chooser.load_state_dict(state)
-
-
-def _shapes(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: getattr(value, "shape", None) for name, value in state.items()}
 
 
 def _checked(certificate: Any) -> Any:

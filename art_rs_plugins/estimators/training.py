@@ -14,10 +14,11 @@ import torch
 from art import config
 from art.data_generators import PyTorchDataGenerator
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from art_rs_plugins.estimators.inputs import as_limits, as_one_hot, check_lengths
+from art_rs_plugins.estimators.interface import SmoothedInterface
 from art_rs_plugins.estimators.tables import BoundTable, TableMaker
 from art_rs_plugins.smoothing.adversary import SmoothAdv
 from art_rs_plugins.smoothing.noise import Gaussian, derive_seed
@@ -25,34 +26,24 @@ from art_rs_plugins.smoothing.sampling import check_count
 from art_rs_plugins.smoothing.sigma_table import SigmaTable
 from art_rs_plugins.smoothing.training import Adversary, Epoch, Loss, NoiseSchedule, Scheduler, fit, shuffled
 
-__all__ = ["Trainable", "read_state", "target_of"]
+__all__ = ["Trainable", "read_weights", "target_of"]
 
 Array = NDArray[Any]
 
 
-class Trainable:
+class Trainable(SmoothedInterface):
     """Training and files of an estimator, and the settings that concern nothing else.
 
-    They ask an estimator for what is named here, and for nothing else.
+    They ask an estimator for what is named here and in the interface, and for nothing else.
     """
 
-    model: Any
-    loss: Any
     optimizer: Any
-    device: Any
-    input_shape: tuple[int, ...]
-    nb_classes: int
-    clip_values: Any
-    channels_first: bool
-    scale: Any
     history_: list[Epoch]
     _table: TableMaker | None
     _bound: BoundTable | None = None
     get_params: Any
     reset: Any
-    reduce_labels: Any
     _augmentations: Any
-    _inputs: Any
 
 
     @property
@@ -318,10 +309,7 @@ class Trainable:
             For files that are missing, damaged or of another network; nothing is changed then.
         """
         target, network = target_of(filename, path), self.model.base
-        weights = read_state(f"{target}.model", self.device)
-        shapes = {name: value.shape for name, value in network.state_dict().items()}
-        if {name: getattr(value, "shape", None) for name, value in weights.items()} != shapes:
-            raise ValueError(f"{target}.model does not fit this network; build the network that it was saved from")
+        weights = read_weights(f"{target}.model", network, self.device)
         optimizer = None if self.optimizer is None else read_state(f"{target}.optimizer", self.device)
         bound = None if self.table is None else BoundTable(self.table)
         if bound is not None and Path(f"{target}.sigmas").exists():   # there is none before the first `fit`
@@ -347,4 +335,13 @@ def read_state(path: str, device: torch.device) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({error}); save it again") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no state; save it again")
+    return found
+
+
+def read_weights(path: str, network: nn.Module, device: torch.device) -> dict[str, Any]:
+    """Read the weights of a network, and leave it as it is; ``ValueError`` for a file that holds those of another."""
+    found = read_state(path, device)
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    if {name: getattr(value, "shape", None) for name, value in found.items()} != shapes:
+        raise ValueError(f"{path} does not fit this network; build the network that it was saved from")
     return found

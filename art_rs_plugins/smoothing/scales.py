@@ -279,7 +279,7 @@ def certify_at(
 def certify_frozen(
     f: Classifier,
     x: Tensor,
-    search: SigmaRule,
+    choice: Any,
     *,
     start: float,
     probabilities: bool,
@@ -294,8 +294,8 @@ def certify_frozen(
     ----------
     f, x, rules
         As in `certify_at`.
-    search : SigmaRule
-        Finds the sigma; its passes are counted.
+    choice : Conditional or other holder of a ``search``
+        What finds the sigma; its passes are counted.
     start : float
         Where it begins.
     probabilities : bool
@@ -308,9 +308,9 @@ def certify_frozen(
     list of Certificates
         One for each rule, of kind ``conditional``; see `Conditional`.
     """
-    sigma = search.choose(as_logits(f, probabilities), x, sigma=start, **votes)
+    sigma = sigma_of(choice, f, x, start=start, probabilities=probabilities, **votes)
     frozen = certify_all(f, x, Gaussian(sigma), rules=rules, n=n, n0=n0, **votes)
-    return [replace(each, kind="conditional", passes=each.passes + search.cost) for each in frozen]
+    return [replace(each, kind="conditional", passes=each.passes + choice.search.cost) for each in frozen]
 
 
 def sigma_of(
