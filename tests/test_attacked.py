@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from planted import Page
 from torch import nn
 
 from art_rs_plugins.benchmark import attacked as module
@@ -200,6 +202,12 @@ def test_a_planted_false_certificate_is_caught_and_shown(tmp_path: Path, monkeyp
     certify(RunConfig(weights=str(tmp_path / "w.safetensors"), n=100_000, examples="::30"), record)
     groups = [AttackConfig(("pgd", "smoothed-pgd"), (0.5, 0.75, 1.0, 1.25), steps=20)]
     assert not attack(record, groups).audits["all"].contradictions
+    page = tmp_path / "report.html"
+    monkeypatch.setattr(sys, "argv", ["art-rs", "report", str(record), "--output", str(page)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    assert 'role="alert"' not in page.read_text()
     header, *lines = record.read_text().splitlines()
     column = header.split("\t").index("radius")
     rows = [line.split("\t") for line in lines]
@@ -207,15 +215,18 @@ def test_a_planted_false_certificate_is_caught_and_shown(tmp_path: Path, monkeyp
         row[column] = repr(float(row[column]) * 1.5)
     record.write_text("\n".join([header, *("\t".join(row) for row in rows)]) + "\n")
     found = attack(record, groups).audits["all"]
-    assert len({case.index for case in found.contradictions}) >= 3
-    page = tmp_path / "report.html"
+    guilty = {case.index for case in found.contradictions}
+    assert len(guilty) >= 3
     monkeypatch.setattr(sys, "argv", ["art-rs", "report", str(record), "--output", str(page)])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 1
-    assert "CONTRADICTION at input" in capsys.readouterr().err
+    assert set(re.findall(r"CONTRADICTION at input (\d+)", capsys.readouterr().err)) == set(map(str, guilty))
     text = page.read_text()
-    assert "ontradiction" in text
+    top = text[: text.index("<h2")]
+    assert 'role="alert"' in top
+    cells = [data for tag, data in Page(top).text if tag in ("td", "th")]
+    assert {cells[at + 1] for at, word in enumerate(cells) if word == "planted"} == set(map(str, guilty))
     (shown,) = load_nearest([read_record(record)])
     assert all(name in text for name in set(shown.attack))
 

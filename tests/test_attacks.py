@@ -65,6 +65,26 @@ def smoothed_accuracy(estimator: PyTorchSmoothedClassifier, x: np.ndarray, y: np
     return float(np.mean((found.prediction == y) & ~found.abstained))
 
 
+def true_votes(estimator: PyTorchSmoothedClassifier, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Share of fresh votes for the true class: near 1/2 at a boundary, where the answer itself is a coin flip."""
+    return estimator.predictions(x, n=1_000, seed=123).votes[np.arange(len(y)), y] / 1_000
+
+
+def distances(found: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return np.linalg.norm((found - x).reshape(len(x), -1), axis=1)
+
+
+@pytest.fixture(scope="module")
+def starts(fitted, eight) -> np.ndarray:
+    """For each of the eight the nearest digit of another class: ART draws starts that no seed brings back."""
+    x, y = eight
+    right = fitted.predict(X[TEST], seed=0).argmax(axis=1) == Y[TEST]
+    pool, classes = X[TEST][right], Y[TEST][right]
+    far = np.stack([distances(pool, np.broadcast_to(one, pool.shape)) for one in x])
+    far[classes[None] == y[:, None]] = np.inf
+    return pool[far.argmin(axis=1)]
+
+
 # ---------------------------------------------------------------------------------------------- on the estimator
 
 
@@ -109,22 +129,26 @@ def test_pgd_takes_the_torch_path_and_the_smoothed_gradient(trained, eight):
                 learning_rate=0.1,
                 verbose=False,
             ),
-            1.0,
-            0.25,
+            0.8,
+            0.2,
         ),
-        (lambda e: DeepFool(e, max_iter=5, verbose=False), 1.0, 0.5),
-        (lambda e: SquareAttack(e, norm=np.inf, eps=0.3, max_iter=100, verbose=False), 0.6, 0.5),
+        (lambda e: DeepFool(e, max_iter=5, verbose=False), 0.75, 0.6),
+        (lambda e: SquareAttack(e, norm=np.inf, eps=0.3, max_iter=100, verbose=False), 0.65, 0.5),
     ],
     ids=["carlini", "deepfool", "square"],
 )
 def test_what_the_other_attacks_do_on_the_estimator(trained, eight, make, least, most):
-    """Pinned: what does nothing, or little, against votes succeeds on `attack_view` with the same settings."""
+    """Pinned: what does nothing, or little, against votes succeeds on `attack_view` with the same settings.
+
+    Judged by shares of votes: DeepFool and Square stop at the boundary, where answers are coin flips.
+    """
     x, y = eight
     one_hot = np.eye(10, dtype=np.float32)[y]
+    assert true_votes(trained, x, y).mean() >= 0.85
     found = []
     for target in (trained, trained.attack_view()):
         np.random.seed(0)   # noqa: NPY002
-        found.append(smoothed_accuracy(trained, np.nan_to_num(make(target).generate(x, one_hot)), y))
+        found.append(true_votes(trained, np.nan_to_num(make(target).generate(x, one_hot)), y).mean())
     assert found[0] >= least
     assert found[1] <= most
 
@@ -137,13 +161,18 @@ def test_what_the_other_attacks_do_on_the_estimator(trained, eight, make, least,
     ],
     ids=["hopskipjump", "boundary"],
 )
-def test_attacks_that_need_decisions_run_on_the_estimator(trained, eight, make):
-    """Pinned: they see fresh votes at every query, and abstentions as class 0."""
+def test_attacks_that_need_decisions_run_on_the_estimator(trained, eight, starts, make):
+    """Pinned: they see fresh votes at every query, and abstentions as class 0.
+
+    They come closer than they started, and stop where few of the votes are still right: not at accuracies, which are
+    coin flips there.
+    """
     x, y = eight
     np.random.seed(0)   # noqa: NPY002
-    adversarial = make(trained).generate(x, np.eye(10, dtype=np.float32)[y])
+    adversarial = make(trained).generate(x, np.eye(10, dtype=np.float32)[y], x_adv_init=starts)
     assert np.isfinite(adversarial).all()
-    assert smoothed_accuracy(trained, adversarial, y) <= 0.5
+    assert distances(adversarial, x).mean() <= 0.98 * distances(starts, x).mean()
+    assert true_votes(trained, adversarial, y).mean() <= 0.6
     undecided = smooth(Undecided(), clip_values=(0, 1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)   # HopSkipJump divides by a variance of zero
@@ -219,10 +248,8 @@ def test_shadow_attack_brings_its_own_noise(trained, eight, monkeypatch):
         ),
         (lambda v: DeepFool(v, max_iter=20, epsilon=0.5, verbose=False), 0.5),
         (lambda v: SquareAttack(v, norm=np.inf, eps=0.5, max_iter=150, verbose=False), 0.75),
-        (lambda v: HopSkipJump(v, max_iter=2, max_eval=200, init_eval=20, verbose=False), 0.9),
-        (lambda v: BoundaryAttack(v, targeted=False, max_iter=5, num_trial=5, verbose=False), 0.9),
     ],
-    ids=["autopgd-ce", "autopgd-dlr", "deepfool", "square", "hopskipjump", "boundary"],
+    ids=["autopgd-ce", "autopgd-dlr", "deepfool", "square"],
 )
 def test_attacks_on_the_view_change_the_smoothed_prediction(trained, eight, make, most):
     x, y = eight
@@ -230,6 +257,22 @@ def test_attacks_on_the_view_change_the_smoothed_prediction(trained, eight, make
     adversarial = make(trained.attack_view()).generate(x, np.eye(10, dtype=np.float32)[y])
     assert np.isfinite(adversarial).all()
     assert smoothed_accuracy(trained, adversarial, y) <= most
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda v: HopSkipJump(v, max_iter=2, max_eval=200, init_eval=20, verbose=False),
+        lambda v: BoundaryAttack(v, targeted=False, max_iter=5, num_trial=5, verbose=False),
+    ],
+    ids=["hopskipjump", "boundary"],
+)
+def test_attacks_that_need_decisions_come_closer_on_the_view(trained, eight, starts, make):
+    x, y = eight
+    np.random.seed(0)   # noqa: NPY002
+    adversarial = make(trained.attack_view()).generate(x, np.eye(10, dtype=np.float32)[y], x_adv_init=starts)
+    assert distances(adversarial, x).mean() <= 0.93 * distances(starts, x).mean()
+    assert true_votes(trained, adversarial, y).mean() <= 0.4
 
 
 def brendel_bethge() -> type:
@@ -251,15 +294,32 @@ def brendel_bethge() -> type:
     return module.BrendelBethgeAttack
 
 
-def test_brendel_bethge_on_the_view(trained, eight):
+def test_brendel_bethge_on_the_view(trained, eight, starts):
+    """It ends a rounding error beyond the view's boundary: no nearer than there, and no farther than it must be.
+
+    Answers there are coin flips, for fresh votes and for views asked in another batch; a step along the ray they are
+    not.
+    """
     x, y = eight
-    np.random.seed(0)   # noqa: NPY002
-    view = trained.attack_view()
-    attack = brendel_bethge()(view, norm=2, steps=20, lr=0.1, init_size=50)
+    one_hot, view = np.eye(10, dtype=np.float32)[y], trained.attack_view()
+    attack = brendel_bethge()(view, norm=2, steps=20, lr=0.1)
     assert attack.estimator.model is view.model
-    adversarial = attack.generate(x, np.eye(10, dtype=np.float32)[y])
-    assert np.all(view.predict(adversarial).argmax(axis=1) != y)
-    assert smoothed_accuracy(trained, adversarial, y) <= 0.5
+
+    def find(rows: slice) -> np.ndarray:
+        with np.errstate(all="ignore"):   # its solver divides by zero where it has nothing left to do
+            return attack.generate(x[rows], one_hot[rows], starting_points=starts[rows].copy())
+
+    moved = np.concatenate([find(slice(at, at + 1)) for at in range(8)]) - x
+    assert np.all(view.predict(x + 1.02 * moved).argmax(axis=1) != y)
+    assert np.mean(view.predict(x + 0.95 * moved).argmax(axis=1) == y) >= 0.75
+    assert smoothed_accuracy(trained, x + 1.25 * moved, y) <= 0.125
+    assert smoothed_accuracy(trained, x + 0.5 * moved, y) >= 0.875
+    distance, start = distances(x + moved, x), distances(starts, x)
+    assert np.all(distance <= 0.8 * start)
+    nearest = distances(DeepFool(view, max_iter=20, epsilon=0.01, verbose=False).generate(x, one_hot), x)
+    assert distance.sum() <= 1.3 * nearest.sum()
+    # Pinned: ART looks for the boundary of a whole batch at once, and leaves one with several classes where it began.
+    assert distances(find(slice(8)), x).sum() >= 1.5 * distance.sum()
 
 
 def test_auto_attack_on_the_view(trained, eight):

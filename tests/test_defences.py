@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +13,14 @@ from art.defences.postprocessor import ClassLabels, GaussianNoise, HighConfidenc
 from art.defences.preprocessor import FeatureSqueezing, GaussianAugmentation, TotalVarMin
 from art.estimators.classification import PyTorchClassifier
 from closed_forms import Linear, allowed
+from planted import Page
 from safetensors.torch import load_file
 from scipy.stats import norm
 from support import Recorder, X, digits_network, smooth
 from torch import nn
 
 from art_rs_plugins import PyTorchACES, PyTorchSmoothedClassifier, audit
+from art_rs_plugins.benchmark import suite as suites
 from art_rs_plugins.benchmark import training
 from art_rs_plugins.benchmark.attacks import ATTACKS, run_attack
 from art_rs_plugins.benchmark.config import RunConfig, TrainConfig
@@ -30,9 +35,10 @@ from art_rs_plugins.benchmark.defences import (
     selector,
     table,
 )
-from art_rs_plugins.benchmark.methods import open_estimator
+from art_rs_plugins.benchmark.methods import METHODS, open_estimator
 from art_rs_plugins.benchmark.suite import Cell
 from art_rs_plugins.benchmark.training import train
+from art_rs_plugins.cli import main
 
 PIXEL = np.full((8, 1, 1, 1), 0.5, np.float32)
 ONE_PIXEL = Dataset("pixel", PIXEL, np.zeros(8, np.int64), PIXEL, np.zeros(8, np.int64), 2)
@@ -257,6 +263,61 @@ def test_a_planted_defence_before_the_noise_is_caught() -> None:
         assert (len(cases) == 20) is broken
         assert len(cases) <= 20 if broken else len(cases) <= allowed(20, 0.001)
         assert bool(found.gap.min() < 0) is broken
+
+
+def half_of_one_pixel() -> nn.Module:
+    """What `RunConfig.model` builds: class 0 above 1/2."""
+    return Linear([1.0], b=-0.5)
+
+
+@pytest.mark.parametrize(("method", "broken"), [("planted", True), ("smoothing", False)])
+def test_a_planted_defence_stands_at_the_top_of_the_report(method, broken, tmp_path, monkeypatch, capsys) -> None:
+    """As a user would: records on disk, attacks on them, a page. True radius 0.05; the false one is near 0.5."""
+    monkeypatch.setitem(METHODS, "planted", Quantised)
+    x = np.array([0.55, 0.95, 0.55, 0.55], np.float32)[:, None, None, None]   # 0.95 is out of reach
+    np.savez(tmp_path / "pixel.npz", x_train=x, y_train=[0, 1, 0, 0], x_test=x, y_test=[0] * 4)
+    (tmp_path / "suite.toml").write_text(f"""
+        [run]
+        data = "{tmp_path}/pixel.npz"
+        model = "test_defences:half_of_one_pixel"
+        n = 2_000
+        [attack]
+        budgets = [0.1, 0.3]
+        [[attacks]]
+        names = ["fgm", "pgd"]
+        [[cell]]
+        name = "squeezed"
+        run = {{ method = "{method}" }}
+    """)
+    out = tmp_path / "out"
+
+    def call(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["art-rs", *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    record, again = str(out / "squeezed.tsv"), out / "again.html"
+    benchmark = call("benchmark", str(tmp_path / "suite.toml"), "--output", str(out), "--quiet")
+    report = call("report", record, "--output", str(again))
+    alone = call("attack", record, "--attack", "pgd", "--budget", "0.1", "--budget", "0.3", "--quiet")
+    guilty = ["0", "2", "3"] if broken else []
+    for code, err in (benchmark, report, alone):
+        assert code == broken
+        assert sorted(set(re.findall(r"CONTRADICTION at input (\d+)", err))) == guilty
+        assert ("at 3 inputs" in err) is broken
+        assert "FAILED" not in err
+    done = suites.run(suites.read(str(tmp_path / "suite.toml")), out)   # from disk
+    assert sorted({str(case.index) for case in done.audits[0]["all"].contradictions}) == guilty
+    assert not done.failed
+    for page in (out / "report.html", again):
+        text = page.read_text()
+        top = text[: text.index("<h2")]
+        assert ('role="alert"' in top) is broken
+        cells = [data for tag, data in Page(top).text if tag in ("td", "th")]
+        named = [cells[at + 1] for at, word in enumerate(cells) if word == "squeezed"]
+        assert sorted(set(named)) == guilty
+        assert ("Contradictions: 0 among 4 attacked inputs." in " ".join(Page(top).words().split())) is not broken
 
 
 def test_the_table_names_every_defence_and_its_worth() -> None:

@@ -19,6 +19,7 @@ from art_rs_plugins.theory.elastic import (
     Projection,
     SigmaFunction,
     SubspaceDistance,
+    semi_elastic_failure,
     semi_elastic_radius,
     tolerated_failure,
 )
@@ -267,6 +268,26 @@ def test_nothing_that_is_asked_changes_an_answer(function: Feature | SigmaFuncti
         assert function.radius(x[order], failure[order]).tobytes() == function.radius(x, failure)[order].tobytes()
 
 
+@pytest.mark.parametrize("sigma", SIGMA_FUNCTIONS)
+@pytest.mark.parametrize("radius", [0.0, 0.05, 0.25, 1.0])
+def test_the_bound_that_a_radius_asks_for_is_the_inverse_of_the_radius(sigma: SigmaFunction, radius: float) -> None:
+    """A hair below the bound the radius is reached; a hair above it is not: neither false nor wasteful."""
+    x = np.random.default_rng(17).normal(size=(40, 2, 3))
+    limit = sigma.failure(x, radius)
+    assert np.array_equal(limit[::-1], sigma.failure(x[::-1], radius))
+    assert ((limit >= 0.0) & (limit <= 0.5)).all()
+    reached = limit > 0.0
+    assert reached.any()
+    close = 1e-7 * (1.0 + radius)
+    assert (sigma.radius(x, limit * (1 - 1e-9))[reached] >= radius - close).all()
+    assert (sigma.radius(x, np.minimum(limit * (1 + 1e-4) + 1e-6, 0.5))[reached] <= radius).all()
+    assert (sigma.radius(x, 1e-300)[~reached] <= radius).all()   # out of reach: an edge lies within it
+    fixed = ndtr(-radius / sigma(x))
+    assert (limit <= fixed).all()
+    if not isinstance(sigma, BinnedSigma) and radius > 0.1:
+        assert (limit < 0.999 * fixed).all()   # sigma moves, and that is paid for
+
+
 def test_neighbours_are_training_points_alone() -> None:
     """A query that joined its own neighbours, or those of the others in its batch, would be seen at once."""
     x = np.random.default_rng(15).normal(size=(6, 2, 3))
@@ -344,6 +365,8 @@ def test_settings_are_checked() -> None:
         (lambda: semi_elastic_radius(0.1, 0.5, np.inf, 3), "rate must be finite and >= 0"),
         (lambda: semi_elastic_radius(0.1, 0.5, 0.1, 0), "dimension must be an integer"),
         (lambda: semi_elastic_radius(0.1, 0.0, 0.1, 3), "sigma must be finite"),
+        (lambda: semi_elastic_failure(-0.1, 0.5, 0.1, 3), "radius must be finite and >= 0"),
+        (lambda: semi_elastic_failure(np.nan, 0.5, 0.1, 3), "radius must be finite and >= 0"),
         (lambda: Projection([0.0, 0.0]), "direction must not be zero"),
         (lambda: SubspaceDistance([[1.0, 1.0], [2.0, 2.0]]), "linearly independent"),
         (lambda: SubspaceDistance([[1.0], [2.0]]), "linearly independent"),

@@ -312,10 +312,18 @@ def test_a_sigma_that_is_a_function_of_the_input_is_certified_and_answered(certi
     sure = ~answers.abstained
     assert np.array_equal(answers.prediction[sure], labels[np.searchsorted(grid, at - 1e-9)][sure])
     assert sure.mean() > 0.7
-    named = classifier.certificates(line(*at), radii=[0.02, 0.05, 0.1], n=5000, seed=16)
+    radii = [0.0, 0.02, 0.05, 0.1]
+    named = classifier.certificates(line(*at), radii=radii, n=5000, seed=16)
     assert violations(named, at, labels, grid) == 0
-    assert named.radius.max() <= 0.1
-    assert named.radius.max() > 0.05
+    assert set(named.radius.tolist()) == set(radii)   # the named ones, to the last bit
+    assert (named.abstained | (named.p_lower > 0.5)).all()
+    # what p_A would say under one sigma, in place of what sigma(x) asks for, is false
+    forgotten = np.minimum(frozen_radius(f, at, named.sigma, named.prediction), 0.1)
+    assert violations(replace(named, radius=forgotten, abstained=forgotten <= 0), at, labels, grid) > 0
+    # as far as the whole radius goes, in fewer draws
+    reaches = (found.radius[:, None] >= np.array(radii) + 0.01) & ~found.abstained[:, None]
+    assert (named.radius >= np.where(reaches, radii, 0.0).max(axis=1)).mean() > 0.95
+    assert named.n.mean() < 0.75 * 5000
 
 
 # --- attacks ----------------------------------------------------------------------------------------------------------

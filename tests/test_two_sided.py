@@ -465,7 +465,8 @@ def test_a_radius_of_zero_and_radii_beyond_reach() -> None:
     sample, sigma = draws(law, 1, 20_000, seed=6), np.array([0.5])
     found = SequentialTwoSided((0.0, 5.0)).run(pilot, 100, sample, 20_000, sigma)
     assert (found.radius.tolist(), found.abstained.tolist()) == ([0.0], [False])
-    assert found.p_lower[0] == found.p_upper[0] == ndtr(-0.3)
+    assert found.p_upper[0] == ndtr(-0.3)
+    assert found.p_lower[0] == 1.0 - ndtr(0.3)
     assert found.n[0] < 20_000
     beyond = SequentialTwoSided((5.0,)).run(pilot, 100, sample, 20_000, sigma)
     assert (beyond.abstained.tolist(), beyond.n.tolist()) == ([True], [0])

@@ -33,6 +33,7 @@ from art_rs_plugins.smoothing.sigma import Objective
 from art_rs_plugins.smoothing.soft import ScaleModule
 from art_rs_plugins.smoothing.training import Epoch, fit, shuffled
 from art_rs_plugins.theory.certificates import Certificates
+from art_rs_plugins.theory.elastic import SigmaFunction
 from art_rs_plugins.theory.scales import Cascade, Envelope, Selector
 
 __all__ = ["PyTorchInstaRS"]
@@ -273,8 +274,7 @@ class PyTorchInstaRS(PyTorchSmoothedClassifier):
 
 def _checked(certificate: Any) -> Any:
     """Return what may define a classifier over several noise levels, or raise ``TypeError``."""
-    function = callable(certificate) and callable(getattr(certificate, "radius", None))
-    if isinstance(certificate, type) or not (isinstance(certificate, (*_OVER_LEVELS, Conditional)) or function):
+    if isinstance(certificate, type) or not isinstance(certificate, (*_OVER_LEVELS, Conditional, SigmaFunction)):
         raise TypeError(
             "certificate must be an Envelope, Cascade, Selector, Conditional or a function sigma(x) with a radius, "
             f"such as Envelope((0.25, 0.5)), got {certificate!r}"

@@ -120,8 +120,7 @@ def aim(mode: Mode) -> Any:
 
 def check_mode(mode: Any) -> Mode:
     """Return a mode, or raise ``TypeError``."""
-    function = callable(mode) and callable(getattr(mode, "radius", None))
-    if isinstance(mode, type) or not (isinstance(mode, Commit | Frozen | Conditional) or function):
+    if isinstance(mode, type) or not isinstance(mode, Commit | Frozen | Conditional | SigmaFunction):
         raise TypeError(
             "mode must be a Commit, Frozen, Conditional or a function sigma(x) with a radius, such as BinnedSigma, got "
             f"{mode!r}"

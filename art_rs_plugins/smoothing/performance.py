@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from art_rs_plugins.smoothing.modules import BaseClassifier
+from art_rs_plugins.smoothing.modules import BaseClassifier, PatchReduce
 from art_rs_plugins.smoothing.sampling import CHUNK, check_count, chunk_size, default_block
 
 __all__ = ["Performance", "Voter", "measure_block"]
@@ -84,7 +84,8 @@ class Voter(nn.Module):
             ready = ready.to(memory_format=torch.channels_last)   # type: ignore[call-overload]
         self.dtype = _DTYPES[performance.dtype]
         self.performance = performance
-        self.f = torch.compile(ready, dynamic=False, mode=_compile_mode(ready)) if performance.compile else ready
+        self.passed: set[object] = set()
+        self.f = _compiled(ready) if performance.compile else ready
         self.eval()
 
     def forward(self, noisy: Tensor) -> Tensor:
@@ -110,10 +111,15 @@ class Voter(nn.Module):
         return torch.cat([noisy, noisy[-1:].expand(rows - len(noisy), *noisy.shape[1:])])
 
 
-def _compile_mode(f: nn.Module) -> str:
-    """On GPUs a compiled pass is replayed as one CUDA graph, which small networks are bound by otherwise."""
+def _compiled(f: BaseClassifier) -> BaseClassifier:
+    """Compile what f computes; of a `PatchReduce` the network alone, since to cut patches in compiled code is slower.
+
+    On GPUs a compiled pass is replayed as one CUDA graph, which small networks are bound by otherwise.
+    """
+    inner = f.network.f if isinstance(f.network, PatchReduce) else f
     cuda = any(parameter.is_cuda for parameter in f.parameters())
-    return "reduce-overhead" if cuda else "default"
+    inner.compile(dynamic=False, mode="reduce-overhead" if cuda else "default")
+    return f
 
 
 def measure_block(f: nn.Module, shape: tuple[int, ...], device: torch.device) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from art_rs_plugins.smoothing.sampling import Classifier, Sampler, check_count, 
 from art_rs_plugins.smoothing.sigma import CertifiableRadius, MultiStartSearch, Objective, SigmaRule
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.elastic import SigmaFunction
-from art_rs_plugins.theory.rules import Rule, Votes
+from art_rs_plugins.theory.rules import Rule, Votes, under
 from art_rs_plugins.theory.scales import Cascade, Envelope, ScaleRule, Selector
 
 __all__ = [
@@ -247,8 +248,8 @@ def certify_at(
     sigma : SigmaFunction
         `ElasticSigma`, `ExtendedSigma` or `BinnedSigma`, fixed before the inputs are seen.
     rules : sequence of Rule
-        From votes to a bound of p_A. Radii that a rule names are not certified as they are: the radius is what sigma
-        makes of the bound, and smaller.
+        From votes to a bound of p_A. Radii that a rule names are tested by the p_A that sigma asks for each of them,
+        out of reach where it asks for more than 1; rivals are not measured then.
     **settings
         ``num_classes``, ``n``, ``n0``, ``seed``, ``indices`` and ``block``, as in `certify_all`.
 
@@ -268,11 +269,14 @@ def certify_at(
     argmax_c P(f(z + sigma(z) eps) = c), eps ~ N(0, I), is its class for every z closer to x than its radius.
     """
     inputs = host(x)
-    certified = []
-    for found in certify_all(f, x, Gaussian(sigma(inputs)), rules=rules, **settings):
-        radius = sigma.radius(inputs, np.nextafter(1.0 - found.p_lower, 1.0))
-        radius = np.where(found.abstained, 0.0, radius)
-        certified.append(replace(found, radius=radius, abstained=~(radius > 0.0)))
+    named = [under(rule, partial(sigma.failure, inputs)) for rule in rules]
+    asked = [rule if test is None else test for rule, test in zip(rules, named, strict=True)]
+    certified = certify_all(f, x, Gaussian(sigma(inputs)), rules=asked, **settings)
+    for i, (found, test) in enumerate(zip(certified, named, strict=True)):
+        if test is None:
+            radius = sigma.radius(inputs, np.nextafter(1.0 - found.p_lower, 1.0))
+            radius = np.where(found.abstained, 0.0, radius)
+            certified[i] = replace(found, radius=radius, abstained=~(radius > 0.0))
     return certified
 
 

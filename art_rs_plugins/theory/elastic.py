@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,6 +29,7 @@ __all__ = [
     "Projection",
     "SigmaFunction",
     "SubspaceDistance",
+    "semi_elastic_failure",
     "semi_elastic_radius",
     "tolerated_failure",
 ]
@@ -41,6 +42,9 @@ _SPREAD = 2.0**-22
 
 _SLOWEST = 5e-5
 """Least sigma * rate that is computed with; it keeps the noncentrality below 1e8, and a larger rate is only safer."""
+
+_INWARD = 1e-12
+"""Relative shrinkage of a bound of 1 - p_A; the normal distribution function is accurate to about 1e-15."""
 
 _STEPS = 32
 """Halvings of the interval that holds the radius."""
@@ -140,24 +144,65 @@ def semi_elastic_radius(failure: ArrayLike, sigma: ArrayLike, rate: float, dimen
     >>> semi_elastic_radius([0.01, 0.1], 0.5, 0.01, 3072).round(3)   # 1.163 and 0.641 for a fixed sigma
     array([1.082, 0.596])
     """
-    if not (np.isfinite(rate) and rate >= 0.0):
-        raise ValueError(f"rate must be finite and >= 0, the Lipschitz constant of log sigma, got {rate}")
-    if isinstance(dimension, bool) or not isinstance(dimension, int | np.integer) or dimension < 1:
-        raise ValueError(f"dimension must be an integer >= 1, the number of entries of an input, got {dimension!r}")
     scale, missing = np.broadcast_arrays(check_sigma(sigma), np.asarray(failure, dtype=np.float64))
     high = gaussian_radius(missing, missing, scale)
     if rate == 0.0:
         return high
-    low, steep = np.zeros_like(high), np.maximum(rate, _SLOWEST / scale)
+    low = np.zeros_like(high)
     for _ in range(_STEPS):
         middle = 0.5 * (low + high)
-        apart = steep * middle + _SPREAD
-        tolerated = np.minimum(
-            tolerated_failure(middle, scale, -apart, dimension), tolerated_failure(middle, scale, apart, dimension)
-        )
-        holds = missing * (1.0 + _MARGIN) < tolerated   # False for NaN
+        holds = missing < semi_elastic_failure(middle, scale, rate, dimension)   # False for NaN
         low, high = np.where(holds, middle, low), np.where(holds, high, middle)
     return low
+
+
+def semi_elastic_failure(radius: ArrayLike, sigma: ArrayLike, rate: float, dimension: int) -> NDArray[np.float64]:
+    r"""Bound of 1 - p_A below which a radius holds where sigma may differ at every input: the inverse of the radius.
+
+    Parameters
+    ----------
+    radius : array_like of float
+        l2 radius, >= 0, in the units of the input.
+    sigma, rate, dimension
+        As in `semi_elastic_radius`.
+
+    Returns
+    -------
+    ndarray of float64
+        In [0, 1/2], rounded toward zero. For rate 0 it is Phi(-radius / sigma).
+
+    Raises
+    ------
+    ValueError
+        For a radius, sigma, rate or dimension out of range.
+
+    Notes
+    -----
+    *Guarantee.* If 1 - p_A is smaller, under sigma(x), then P(f(z + sigma(z) eps) = A) > 1/2 whenever
+    ``||z - x||_2 <= radius``, for every f: see `semi_elastic_radius`.
+
+    Examples
+    --------
+    >>> semi_elastic_failure([0.25, 0.5], 0.5, 0.01, 3072).round(3)   # .309 and .159 for a fixed sigma
+    array([0.295, 0.139])
+    """
+    if not (np.isfinite(rate) and rate >= 0.0):
+        raise ValueError(f"rate must be finite and >= 0, the Lipschitz constant of log sigma, got {rate}")
+    if isinstance(dimension, bool) or not isinstance(dimension, int | np.integer) or dimension < 1:
+        raise ValueError(f"dimension must be an integer >= 1, the number of entries of an input, got {dimension!r}")
+    scale, distance = np.broadcast_arrays(check_sigma(sigma), _radius(radius))
+    if rate == 0.0:
+        return np.asarray(ndtr(-distance / scale) * (1.0 - _INWARD), dtype=np.float64)
+    apart = np.maximum(rate, _SLOWEST / scale) * distance + _SPREAD
+    ends = [tolerated_failure(distance, scale, side * apart, dimension) for side in (-1.0, 1.0)]
+    return np.asarray(np.nan_to_num(np.minimum(*ends), nan=0.0) / (1.0 + _MARGIN), dtype=np.float64)
+
+
+def _radius(radius: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(radius, dtype=np.float64)
+    if np.any(~np.isfinite(values) | (values < 0.0)):
+        raise ValueError(f"radius must be finite and >= 0, in the units of the input, got {radius!r}")
+    return values
 
 
 def _rows(x: ArrayLike, name: str = "x") -> NDArray[np.float64]:
@@ -279,6 +324,7 @@ class NeighbourDistance:
         return np.array([np.sort(np.partition(row, self.k - 1)[: self.k]).mean() for row in distances])
 
 
+@runtime_checkable
 class SigmaFunction(Protocol):
     """A noise level for each input, with the radius that follows for the classifier that uses it."""
 
@@ -293,6 +339,16 @@ class SigmaFunction(Protocol):
         -----
         *Guarantee.* If the bound holds at x, argmax_c P(f(z + sigma(z) eps) = c) = A for every z closer to x than the
         radius. So with a bound that fails with probability alpha, the radius does with at most that.
+        """
+        ...
+
+    def failure(self, x: ArrayLike, radius: float) -> NDArray[np.float64]:
+        """Bounds (b,) of 1 - p_A at inputs (b, ...) below which this radius holds; 0 where it is out of reach.
+
+        Notes
+        -----
+        *Guarantee.* If 1 - p_A is smaller at x, what `radius` guarantees holds for every z closer to x than `radius`.
+        So named radii can be tested in sequence: "1 - p_A >= failure(x, r)" is rejected, or r is not certified.
         """
         ...
 
@@ -340,6 +396,10 @@ class ElasticSigma:
     def radius(self, x: ArrayLike, failure: ArrayLike) -> NDArray[np.float64]:
         """Radius (b,); see `SigmaFunction`."""
         return semi_elastic_radius(failure, self(x), self.rate, _rows(x).shape[1])
+
+    def failure(self, x: ArrayLike, radius: float) -> NDArray[np.float64]:
+        """Bound (b,) of 1 - p_A; see `SigmaFunction`."""
+        return semi_elastic_failure(radius, self(x), self.rate, _rows(x).shape[1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -392,6 +452,10 @@ class ExtendedSigma:
         """Radius (b,); see `SigmaFunction`."""
         return semi_elastic_radius(failure, self(x), self.rate, _rows(x).shape[1])
 
+    def failure(self, x: ArrayLike, radius: float) -> NDArray[np.float64]:
+        """Bound (b,) of 1 - p_A; see `SigmaFunction`."""
+        return semi_elastic_failure(radius, self(x), self.rate, _rows(x).shape[1])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BinnedSigma:
@@ -437,10 +501,19 @@ class BinnedSigma:
 
     def radius(self, x: ArrayLike, failure: ArrayLike) -> NDArray[np.float64]:
         """Radius (b,); see `SigmaFunction`."""
-        rows, u = _rows(x), self.feature(x)
         radius = gaussian_radius(failure, failure, self(x))
+        return np.asarray(np.maximum(np.minimum(radius, self._room(x, radius)), 0.0), dtype=np.float64)
+
+    def failure(self, x: ArrayLike, radius: float) -> NDArray[np.float64]:
+        """Bound (b,) of 1 - p_A; see `SigmaFunction`."""
+        fixed = semi_elastic_failure(radius, self(x), 0.0, 1)
+        return np.asarray(np.where(self._room(x, radius) >= radius, fixed, 0.0), dtype=np.float64)
+
+    def _room(self, x: ArrayLike, radius: ArrayLike) -> NDArray[np.float64]:
+        """Distance (b,) of u(x) to the next edge, less what rounding may hide of it up to this radius."""
+        rows, u = _rows(x), self.feature(x)
         room = np.min(np.abs(u[:, None] - np.array([*self.edges, np.inf])), axis=1)
         # a dot product of d terms errs by at most d eps / 2 of the lengths; the features take a few of them
         error = 16.0 * (rows.shape[1] + 64) * np.finfo(np.float64).eps
         slack = error * (np.linalg.norm(rows, axis=1) + np.abs(u) + radius)
-        return np.asarray(np.maximum(np.minimum(radius, room - slack), 0.0), dtype=np.float64)
+        return np.asarray(room - slack, dtype=np.float64)

@@ -6,8 +6,8 @@ or a tie) appear in no column; a rule learns of them through the number of draws
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -26,10 +26,12 @@ __all__ = [
     "Rule",
     "Sample",
     "Sequential",
+    "SequentialUnder",
     "TopTwo",
     "Verdict",
     "Votes",
     "by_part",
+    "under",
 ]
 
 Votes = NDArray[np.int64]
@@ -230,20 +232,25 @@ class Sequential:
 
     def run(self, selection: Votes, n0: int, sample: Sample, n: int, sigma: NDArray[np.float64]) -> Decision:
         """Decide with at most n draws; see `Rule`. ``ValueError`` if n is below the first look."""
-        pilot = check_votes(selection, n0, "selection")
-        return self._establish(pilot, np.zeros(len(pilot)), sample, n, sigma)
+        return self._establish(check_votes(selection, n0, "selection"), [ndtr(-self._steps(sigma))], sample, n)
 
-    def _establish(
-        self, pilot: Votes, middle: NDArray[np.float64], sample: Sample, n: int, sigma: NDArray[np.float64]
-    ) -> Decision:
-        """Establish p_A > Phi(middle + r / sigma) and every rival's p_c < Phi(middle - r / sigma), r ascending."""
+    def _steps(self, sigma: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Radii in units of sigma, (b, m)."""
+        return np.array(self.radii) / sigma[:, None]
+
+    def _establish(self, pilot: Votes, limits: Sequence[NDArray[np.float64]], sample: Sample, n: int) -> Decision:
+        """Establish 1 - p_A < limits[0], and every rival's p_c < limits[-1], for the radii in ascending order.
+
+        `limits` are one array (b, m), or two; 0 where a radius is out of reach.
+        """
         guess, each, looks = pilot.argmax(axis=1).astype(np.int64), np.arange(len(pilot)), schedule(n)
         votes, taken, passed = np.zeros_like(pilot), np.zeros(len(pilot), np.int64), np.zeros(len(pilot), np.int64)
         undecided, before = np.zeros(len(pilot), dtype=bool), 0
         groups, states = [], []
-        for level, height in sorted(set(zip(sigma.tolist(), middle.tolist(), strict=True))):
-            tables = _tables(tuple((np.array(self.radii) / level).tolist()), height, looks, self.alpha, self.beta)
-            rows = np.flatnonzero((sigma == level) & (middle == height))
+        kinds, kind = np.unique(np.concatenate(limits, axis=1), axis=0, return_inverse=True)
+        for i, values in enumerate(kinds):
+            tables = _tables(tuple(map(tuple, values.reshape(len(limits), -1).tolist())), looks, self.alpha, self.beta)
+            rows = np.flatnonzero(kind.ravel() == i)
             groups.append((rows, tables))
             states.append([table.start(len(rows)) for table in tables])
             undecided[rows] = len(tables) > 0
@@ -259,29 +266,29 @@ class Sequential:
                     states[i] = _advance(tables, states[i], counts[:, rows])
                     passed[rows] = np.min([state.passed for state in states[i]], axis=0)
                     undecided[rows] = ~np.all([state.decided for state in states[i]], axis=0)
-        radius, known = np.array([0.0, *self.radii])[passed], passed > 0
+        known, last = passed > 0, np.maximum(passed - 1, 0)
+        failure = np.where(known, limits[0][each, last], 1.0)
         return Decision(
             prediction=guess,
             abstained=~known,
-            failure=np.where(known, ndtr(-radius / sigma - middle), 1.0),
-            p_lower=np.where(known, ndtr(radius / sigma + middle), 0.0),
-            p_upper=np.where(known, ndtr(middle - radius / sigma), 1.0),
+            failure=failure,
+            p_lower=1.0 - failure,
+            p_upper=np.where(known, limits[-1][each, last], 1.0),
             count=votes[each, guess],
             runner_up_count=strongest_rival(votes, guess, taken),
             n=taken,
-            radius=radius,
+            radius=np.array([0.0, *self.radii])[passed],
         )
 
 
 @lru_cache(maxsize=1024)
 def _tables(
-    steps: tuple[float, ...], middle: float, looks: tuple[int, ...], alpha: float, beta: float
+    limits: tuple[tuple[float, ...], ...], looks: tuple[int, ...], alpha: float, beta: float
 ) -> tuple[GatekeptTable, ...]:
-    """Tests of "p_A <= Phi(middle + step)" and, by 1 - p_c, of "p_c >= Phi(middle - step)", for ascending steps."""
-    # at the middle 0 both ask for the same probability, which a rival's 1 - p_c reaches wherever p_A does
-    heights = (middle, -middle) if middle else (0.0,)
-    # tested a hair above, so that rounding cannot turn "p > p0" into less than the radius
-    rows = [np.minimum(ndtr(np.array(steps) + height) * (1.0 + 1e-12), 1.0) for height in heights]
+    """Tests of "1 - p_A >= limit", and by 1 - p_c of "p_c >= limit", for limits that descend."""
+    # the same limits ask for the same probability, which a rival's 1 - p_c reaches wherever p_A does; each is tested
+    # a hair above, so that rounding cannot turn "p > p0" into less than the radius
+    rows = [np.minimum((1.0 - np.array(row)) * (1.0 + 1e-12), 1.0) for row in dict.fromkeys(limits)]
     reachable = min(int((row < 1.0).sum()) for row in rows)
     return tuple(GatekeptTable(tuple(row[:reachable]), looks, alpha, beta) for row in rows) if reachable else ()
 
@@ -295,6 +302,46 @@ def _advance(
     # the first radius that is not established is given up as soon as one of its tests is
     given_up = np.any([state.decided & (state.passed == passed) for state in states], axis=0)
     return [replace(state, decided=state.decided | given_up) for state in states]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SequentialUnder(Sequential):
+    """`Sequential` where a radius asks more of p_A than under one sigma, such as under a `SigmaFunction`.
+
+    Parameters
+    ----------
+    radii, alpha, beta
+        As in `Sequential`.
+    limits : ndarray of float64, shape (b, m)
+        What 1 - p_A has to stay below for each of the radii, at the b inputs that are decided about; descending along
+        the radii, 0 where a radius is out of reach. Constants: no draw may have a say in them.
+
+    Notes
+    -----
+    *Guarantee.* With probability at least 1 - alpha, 1 - p_A is below the limit of the certified radius.
+    """
+
+    limits: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
+
+    def run(self, selection: Votes, n0: int, sample: Sample, n: int, sigma: NDArray[np.float64]) -> Decision:
+        """Decide with at most n draws; see `Rule`. ``ValueError`` for limits of other inputs or radii."""
+        if self.limits.shape != (len(selection), len(self.radii)):
+            raise ValueError(
+                f"limits must be of shape ({len(selection)}, {len(self.radii)}), one for each input and radius, got "
+                f"{self.limits.shape}"
+            )
+        return self._establish(check_votes(selection, n0, "selection"), [self.limits], sample, n)
+
+
+def under(rule: Rule, limits: Callable[[float], NDArray[np.float64]]) -> Rule | None:
+    """Return the rule that tests the named radii of `rule` by these limits (b,) of 1 - p_A; None if it names none."""
+    if isinstance(rule, Marginal):
+        inner = under(rule.rule, limits)
+        return None if inner is None else replace(rule, rule=inner)
+    if not isinstance(rule, Sequential):
+        return None
+    table = np.stack([limits(radius) for radius in rule.radii], axis=1)
+    return SequentialUnder(rule.radii, rule.alpha, rule.beta, table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,9 +392,9 @@ class Planned:
             places.append(rows)
         order = np.argsort(np.concatenate(places))
         joined: dict[str, Any] = {
-            field.name: np.concatenate([getattr(part, field.name) for part in parts])[order]
-            for field in fields(Decision)
-            if field.name != "radius"
+            each.name: np.concatenate([getattr(part, each.name) for part in parts])[order]
+            for each in fields(Decision)
+            if each.name != "radius"
         }
         return Decision(**joined)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri
+from scipy.special import ndtr, ndtri
 
 from art_rs_plugins.theory.bounds import check_alpha, clopper_pearson_lower, clopper_pearson_upper
 from art_rs_plugins.theory.radii import gaussian_radius
@@ -182,4 +182,5 @@ class SequentialTwoSided(Sequential):
         pilot = check_votes(selection, n0, "selection")
         counts = np.stack([pilot.max(axis=1), strongest_rival(pilot, pilot.argmax(axis=1), n0)])
         quantiles = ndtri((counts + 0.5) / (n0 + 1.0))   # finite; their sum is <= 0, as the two shares sum to <= 1
-        return self._establish(pilot, np.round(5.0 * quantiles.sum(axis=0)) / 10.0, sample, n, sigma)
+        middle, steps = np.round(5.0 * quantiles.sum(axis=0))[:, None] / 10.0, self._steps(sigma)
+        return self._establish(pilot, [ndtr(-middle - steps), ndtr(middle - steps)], sample, n)
