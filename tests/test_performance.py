@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import X, Y, digits_network, smooth
 
-from art_rs_plugins import Performance
+from art_rs_plugins import PatchGeometry, Performance, PyTorchSmoothReduce
 from art_rs_plugins.benchmark.models import build
 from art_rs_plugins.smoothing.modules import BaseClassifier, Normalize
 from art_rs_plugins.smoothing.performance import Voter, measure_block
@@ -144,21 +144,60 @@ def test_weights_written_behind_autograds_back_reach_the_voter():
     assert np.abs(after - smooth(network).certificates(X[:3], n=500, seed=0).count).max() <= 2
 
 
-def test_a_compiled_network_meets_one_shape(monkeypatch):
+@pytest.fixture
+def compiled_shapes(monkeypatch):
+    """Shapes that meet what would have been compiled."""
+    shapes = []
+
+    def compile_in_place(module, **_):
+        module.register_forward_hook(lambda *call: shapes.append(tuple(call[1][0].shape)))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_in_place)
+    return shapes
+
+
+def test_a_compiled_network_meets_one_shape(compiled_shapes):
     """Probes and short passes are padded to the rows of a whole pass: another shape would compile again."""
-    shapes = set()
-
-    def compiler(module, **_):
-        module.register_forward_hook(lambda *call: shapes.add(tuple(call[1][0].shape)))
-        return module
-
-    monkeypatch.setattr(torch, "compile", compiler)
     network = digits_network()
     compiled = smooth(network, performance=Performance(compile=True, block=250))
     found = compiled.certificates(X[:3], n=330, seed=1)
     assert np.array_equal(found.count, smooth(network).certificates(X[:3], n=330, seed=1).count)
     compiled.predict(X[:3], seed=2)
-    assert shapes == {(200, 1, 8, 8)}
+    assert set(compiled_shapes) == {(200, 1, 8, 8)}
+
+
+def test_of_patches_the_network_alone_is_compiled_and_meets_one_shape(compiled_shapes):
+    geometry, settings = PatchGeometry.corners((8, 8), 6), {"scale": 0.25, "clip_values": (0, 1)}
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 10))
+    plain, compiled = (
+        PyTorchSmoothReduce(
+            network, torch.nn.CrossEntropyLoss(), (1, 8, 8), 10, geometry=geometry, performance=performance, **settings
+        )
+        for performance in (None, Performance(compile=True, block=200))
+    )
+    found = compiled.certificates(X[:2], n=330, seed=1)
+    assert np.array_equal(found.count, plain.certificates(X[:2], n=330, seed=1).count)
+    assert set(compiled_shapes) == {(200, 1, 6, 6)}
+
+
+def test_a_frozen_copy_is_probed_once_for_each_kind_of_input(compiled_shapes):
+    """Three probes cost three whole passes of a compiled network; a changed network is another copy."""
+    network = digits_network()
+    compiled = smooth(network, performance=Performance(compile=True, block=100))
+    passes = []
+    for inputs in (X[:1], X[:1], X[1:2]):
+        compiled.certificates(inputs, n=200, seed=0)
+        passes.append(len(compiled_shapes))
+    assert np.diff([0, *passes]).tolist() == [6, 3, 3]   # one of selection, two of estimation
+    for parameter in network.parameters():
+        parameter.data.mul_(-1.0)
+    compiled.certificates(X[:1], n=200, seed=0)
+    assert len(compiled_shapes) == passes[-1] + 6
+    network.register_forward_hook(lambda module, inputs, output: output + torch.rand_like(output))
+    random = smooth(network, performance=Performance(compile=True, block=100))
+    for _ in range(2):   # to fail is not to pass
+        with pytest.raises(ValueError, match="f is random"):
+            random.certificates(X[:1], n=200, seed=0)
 
 
 def test_a_certificate_says_how_its_network_computed():
