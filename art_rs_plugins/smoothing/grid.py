@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from art_rs_plugins.smoothing.noise import Gaussian, Key, derive_seed, is_channels_last, philox
+from art_rs_plugins.smoothing.noise import Gaussian, Key, Source, device_generator, is_channels_last, philox
 from art_rs_plugins.theory.certificates import Kind
 from art_rs_plugins.theory.radii import gaussian_probability, gaussian_radius
 
@@ -104,9 +104,9 @@ def _draw_by_lookup(sigma: float, size: int, key: Key) -> NDArray[np.int16]:
     return noise
 
 
-def _draw_by_search(sigma: float, size: int, key: Key, device: torch.device) -> Tensor:
+def _draw_by_search(sigma: float, size: int, key: Source, device: torch.device) -> Tensor:
     """Integer noise (size,), int32, from 62-bit draws of PyTorch's generator of a device."""
-    generator = torch.Generator(device).manual_seed(derive_seed(key.seed, key.index, int(key.stage), key.chunk))
+    generator = device_generator(key, device)
     draws = torch.empty(size, dtype=torch.int64, device=device).random_(0, 2**_BITS, generator=generator)
     return torch.bucketize(draws, _on_device(sigma, device)[0], out_int32=True, right=True).sub_(_cells(sigma).top)
 
@@ -246,7 +246,7 @@ class GridGaussian:
             )
         return left
 
-    def draw(self, x: Tensor, sigma: NDArray[np.float64], rows: int, keys: Sequence[Key]) -> Tensor:
+    def draw(self, x: Tensor, sigma: NDArray[np.float64], rows: int, keys: Sequence[Source]) -> Tensor:
         """Noisy copies of j inputs.
 
         Parameters
@@ -259,7 +259,7 @@ class GridGaussian:
         rows : int
             Copies of each.
         keys : sequence of Key, length j
-            Names of the draws; the same key, shape and kind of device give the same bits.
+            Names of the draws, or generators; the same key, shape and kind of device give the same bits.
 
         Returns
         -------

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -24,9 +24,12 @@ __all__ = [
     "Gaussian",
     "Key",
     "Noise",
+    "Source",
     "Stage",
     "check_seed",
     "derive_seed",
+    "device_generator",
+    "device_seed",
     "fresh_seed",
     "is_channels_last",
     "philox",
@@ -58,6 +61,10 @@ class Key:
     index: int
     stage: Stage
     chunk: int
+
+
+Source = Any
+"""A `Key`; on devices other than CPUs also a seeded ``torch.Generator``."""
 
 
 def check_seed(seed: int | None) -> int:
@@ -93,12 +100,25 @@ def philox(key: Key) -> np.random.Philox:
     return np.random.Philox(key=np.array([key.seed, 0], np.uint64), counter=np.array(counter, np.uint64))
 
 
+def device_seed(key: Key) -> int:
+    """Seed of one key for PyTorch's generators of devices other than CPUs: a 64-bit hash."""
+    return _hash(key.seed, key.index, int(key.stage), key.chunk)
+
+
+def device_generator(source: Source, device: torch.device) -> torch.Generator:
+    """Generator of one key on a device other than a CPU; one that is seeded already is returned as it is."""
+    generator: torch.Generator = source
+    if isinstance(source, Key):
+        generator = torch.Generator(device).manual_seed(device_seed(source))
+    return generator
+
+
 def standard_normal(shape: tuple[int, ...], key: Key, device: torch.device | str = "cpu") -> Tensor:
     """Draw independent N(0, 1) values of one key; see `standard_normals`."""
     return standard_normals(shape, [key], device)[0]
 
 
-def standard_normals(shape: tuple[int, ...], keys: Sequence[Key], device: torch.device | str = "cpu") -> Tensor:
+def standard_normals(shape: tuple[int, ...], keys: Sequence[Source], device: torch.device | str = "cpu") -> Tensor:
     """Draw independent N(0, 1) values for each of j keys, born on the device.
 
     Parameters
@@ -107,6 +127,7 @@ def standard_normals(shape: tuple[int, ...], keys: Sequence[Key], device: torch.
         Shape of the values of one key, float32.
     keys : sequence of Key, length j
         Names of the draws; the same key, shape and kind of device give the same bits, whatever stands beside it.
+        Generators of the device may stand for them; see `device_generator`.
     device : torch.device or str
         Where the values are born.
 
@@ -125,8 +146,7 @@ def standard_normals(shape: tuple[int, ...], keys: Sequence[Key], device: torch.
     if device.type != "cpu":
         normal = torch.empty((len(keys), *shape), device=device)
         for row, key in zip(normal, keys, strict=True):
-            seed = _hash(key.seed, key.index, int(key.stage), key.chunk)
-            row.normal_(generator=torch.Generator(device).manual_seed(seed))
+            row.normal_(generator=device_generator(key, device))
         return normal
     size = math.prod(shape)
     half = (size + 1) // 2
@@ -171,7 +191,7 @@ class Noise(Protocol):
         """What is left of alpha for the bounds of n draws of `size` numbers."""
         ...
 
-    def draw(self, x: Tensor, sigma: NDArray[np.float64], rows: int, keys: Sequence[Key]) -> Tensor:
+    def draw(self, x: Tensor, sigma: NDArray[np.float64], rows: int, keys: Sequence[Source]) -> Tensor:
         """Noisy copies (j * rows, ...) of j inputs (j, ...), `rows` of each, in this order."""
         ...
 
@@ -234,7 +254,7 @@ class Gaussian:
         """Return alpha: the certificate takes its draws for ideal ones."""
         return alpha
 
-    def draw(self, x: Tensor, sigma: NDArray[np.float64], rows: int, keys: Sequence[Key]) -> Tensor:
+    def draw(self, x: Tensor, sigma: NDArray[np.float64], rows: int, keys: Sequence[Source]) -> Tensor:
         """Noisy copies of j inputs.
 
         Parameters
@@ -246,19 +266,24 @@ class Gaussian:
         rows : int
             Copies of each.
         keys : sequence of Key, length j
-            Names of the draws.
+            Names of the draws, or generators; see `standard_normals`.
 
         Returns
         -------
         Tensor of float32, shape (j * rows, ...)
             All copies of the first input, then those of the second, and so on.
         """
-        shape, j = x.shape[1:], len(keys)
-        scale = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).view(j, *[1] * x.ndim)
-        if is_channels_last(x):
-            normal = standard_normals((rows, shape[1], shape[2], shape[0]), keys, x.device)
-            return normal.mul_(scale).add_(x.permute(0, 2, 3, 1)[:, None]).flatten(0, 1).permute(0, 3, 1, 2)
-        return standard_normals((rows, *shape), keys, x.device).mul_(scale).add_(x[:, None]).flatten(0, 1)
+        last = is_channels_last(x)
+        images = x.permute(0, 2, 3, 1) if last else x
+        normal = standard_normals((rows, *images.shape[1:]), keys, x.device)
+        # as numbers: a tensor of them would make the device wait for the host in each batch
+        if (sigma == sigma[0]).all():
+            normal.mul_(float(sigma[0]))
+        else:
+            for row, scale in zip(normal, sigma.tolist(), strict=True):
+                row.mul_(scale)
+        noisy = normal.add_(images[:, None]).flatten(0, 1)
+        return noisy.permute(0, 3, 1, 2) if last else noisy
 
     def perturb(self, x: Tensor, normal: Tensor) -> Tensor:
         """Add noise to b inputs.

@@ -29,7 +29,8 @@ class Performance:
     channels_last : bool
         Memory layout of images; most CPUs and GPUs convolve faster with it.
     compile : bool
-        Compile the network with ``torch.compile``. The first votes wait for it.
+        Compile the network with ``torch.compile``; on CUDA a batch, from its noise to its counts, is replayed as one
+        graph as well. The first votes wait for it.
     block : int, optional
         Rows of one forward pass, rounded down to whole chunks of draws; a number that suits the input shape by default.
 
@@ -85,6 +86,8 @@ class Voter(nn.Module):
         self.dtype = _DTYPES[performance.dtype]
         self.performance = performance
         self.passed: set[object] = set()
+        cuda = any(parameter.is_cuda for parameter in ready.parameters())
+        self.graphs: dict[object, object] | None = {} if performance.compile and cuda else None
         self.f = _compiled(ready) if performance.compile else ready
         self.eval()
 
@@ -112,13 +115,9 @@ class Voter(nn.Module):
 
 
 def _compiled(f: BaseClassifier) -> BaseClassifier:
-    """Compile what f computes; of a `PatchReduce` the network alone, since to cut patches in compiled code is slower.
-
-    On GPUs a compiled pass is replayed as one CUDA graph, which small networks are bound by otherwise.
-    """
+    """Compile f; of a `PatchReduce` the network alone, since to cut patches in compiled code is slower."""
     inner = f.network.f if isinstance(f.network, PatchReduce) else f
-    cuda = any(parameter.is_cuda for parameter in f.parameters())
-    inner.compile(dynamic=False, mode="reduce-overhead" if cuda else "default")
+    inner.compile(dynamic=False)
     return f
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from art_rs_plugins.smoothing.noise import Key, Noise, Stage, check_seed, is_channels_last, standard_normal
+from art_rs_plugins.smoothing.graphs import BatchGraph, batch_graph
+from art_rs_plugins.smoothing.noise import Key, Noise, Source, Stage, check_seed, is_channels_last, standard_normal
 
 __all__ = [
     "CHUNK",
@@ -57,6 +59,10 @@ def check_indices(indices: ArrayLike | None, b: int) -> NDArray[np.int64]:
 
 CHUNK = 100
 """Draws that share a key: the step in which sequential rules may look."""
+
+
+GRAPHS = 8
+"""Graphs of batches that a network keeps, at most; each has its memory on the device."""
 
 
 def chunk_size(block: int) -> int:
@@ -147,6 +153,31 @@ def strict_votes(logits: Tensor) -> tuple[Tensor, Tensor]:
     return winner, unique & torch.isfinite(logits).all(dim=1)
 
 
+def _count(
+    f: Classifier,
+    noise: Noise,
+    chunk: int,
+    num_classes: int,
+    sigma: NDArray[np.float64],
+    picked: Tensor,
+    sources: Sequence[Source],
+    limit: Tensor,
+) -> Tensor:
+    """Votes (slots, k), int64, among the first `limit` of a chunk of noisy copies of each input (slots, ...)."""
+    winner, valid = strict_votes(f(noise.draw(picked, sigma, chunk, sources)))
+    slot = torch.arange(len(picked), device=picked.device)[:, None]
+    counted = valid.view(-1, chunk) & (torch.arange(chunk, device=picked.device) < limit[:, None])
+    cells = (winner.view(-1, chunk) + slot * num_classes).flatten()
+    votes = torch.zeros(len(picked) * num_classes, dtype=torch.int64, device=picked.device)
+    return votes.scatter_add_(0, cells, counted.flatten().to(torch.int64)).view(-1, num_classes)
+
+
+def _first_numbers(k: int, noisy: Tensor) -> Tensor:
+    """Logits (m, k) that are noise and little else."""
+    flat = noisy.flatten(1)
+    return flat[:, torch.arange(k, device=flat.device) % flat.shape[1]] + torch.arange(k, device=flat.device) * 1e-3
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Sampler:
     """Votes of b inputs, any range of their draws; the only hot loop of the package.
@@ -206,11 +237,10 @@ class Sampler:
         work = np.concatenate([jobs, np.repeat(jobs[-1:], padding, axis=0)])
         kept = np.clip(stop - work[:, 1] * self.chunk, 0, self.chunk)
         kept[len(jobs) :] = 0
-        sigma, inputs = self.noise.for_inputs(len(self.x)), rows[work[:, 0]]
-        votes = torch.zeros(len(rows) * k, dtype=torch.int64, device=self.x.device)
-        place = torch.arange(self.chunk, device=self.x.device)
+        inputs = rows[work[:, 0]]
+        votes = torch.zeros((len(rows), k), dtype=torch.int64, device=self.x.device)
         # one transfer for all batches: nothing in the loop waits for the device
-        plan = torch.from_numpy(np.stack([inputs, kept, work[:, 0] * k])).to(self.x.device)
+        plan = torch.from_numpy(np.stack([inputs, kept, work[:, 0]])).to(self.x.device)
         with torch.no_grad():
             for first in range(0, len(work), slots):
                 batch = slice(first, first + slots)
@@ -218,15 +248,28 @@ class Sampler:
                     Key(self.seed, index, self.stage, chunk)
                     for index, chunk in zip(self.indices[inputs[batch]].tolist(), work[batch, 1].tolist(), strict=True)
                 ]
-                picked, limit, offset = self.x[plan[0, batch]], plan[1, batch], plan[2, batch]
+                picked = self.x[plan[0, batch]]
                 if is_channels_last(self.x):
                     picked = picked.contiguous(memory_format=torch.channels_last)
-                noisy = self.noise.draw(picked, sigma[inputs[batch]], self.chunk, keys)
-                winner, valid = strict_votes(self.f(noisy))
-                counted = valid & (place < limit[:, None]).flatten()
-                cells = winner + offset.repeat_interleave(self.chunk, output_size=len(winner))
-                votes.scatter_add_(0, cells, counted.to(torch.int64))
-        return votes.view(len(rows), k)
+                sigma = self.noise.for_inputs(len(self.x))[inputs[batch]]
+                votes.index_add_(0, plan[2, batch], self._batch(picked, sigma, keys, plan[1, batch]))
+        return votes
+
+    def _batch(self, picked: Tensor, sigma: NDArray[np.float64], keys: Sequence[Key], limit: Tensor) -> Tensor:
+        """Votes (slots, k) of one batch: by its graph, where f keeps some and one graph will serve every batch."""
+        settings = self.noise, self.chunk, self.num_classes, sigma
+        step = partial(_count, self.f, *settings)
+        graphs: dict[object, BatchGraph | None] | None = getattr(self.f, "graphs", None)
+        if graphs is None or np.ptp(self.noise.for_inputs(len(self.x))) > 0.0:
+            return step(picked, keys, limit)
+        case = (repr(self.noise), self.chunk, self.num_classes, picked.shape, picked.stride(), picked.dtype)
+        if case not in graphs:
+            if len(graphs) >= GRAPHS:
+                graphs.clear()
+            probe = partial(_count, partial(_first_numbers, self.num_classes), *settings)
+            graphs[case] = batch_graph(step, probe, picked, keys, limit)
+        graph = graphs[case]
+        return step(picked, keys, limit) if graph is None else graph(picked, keys, limit)
 
     def votes(self, rows: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
         """Votes as `count` gives them, on the host: what a rule asks for."""

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from art_rs_plugins.smoothing.noise import Key, Noise, is_channels_last
+from art_rs_plugins.smoothing.noise import Noise, Source, is_channels_last
 from art_rs_plugins.smoothing.sampling import strict_votes
 from art_rs_plugins.theory.certificates import Kind
 from art_rs_plugins.theory.patches import Pad, PatchGeometry, Repeat, Resize
@@ -262,7 +262,7 @@ class Lifted:
         """What is left of alpha for the bounds of n draws of `size` numbers."""
         return self.behind.level(alpha, n, size)
 
-    def draw(self, x: Tensor, sigma: NDArray[np.float64], rows: int, keys: Sequence[Key]) -> Tensor:
+    def draw(self, x: Tensor, sigma: NDArray[np.float64], rows: int, keys: Sequence[Source]) -> Tensor:
         """Noisy copies of j inputs; `sigma` as of `for_inputs`."""
         return self.behind.draw(x, sigma * self.lift_norm, rows, keys)
 
