@@ -425,8 +425,8 @@ def cross_fitted(
     Parameters
     ----------
     smoothed, x, y, radius, n, seed
-        As in `certifiable`; with an optimizer. It is not changed. ART draws the fresh weights of its clones from
-        PyTorch's global generator.
+        As in `certifiable`; with an optimizer. It is not changed. The seed is that of the clones' weights as well, on
+        CPUs.
     folds : int
         Parts, and clones that are trained; at least 2.
     nb_epochs, batch_size : int
@@ -442,7 +442,9 @@ def cross_fitted(
     result = np.zeros(len(inputs), dtype=bool)
     for number, held in enumerate(np.array_split(order, parts)):
         rest = np.setdiff1d(order, held)
-        clone = smoothed.clone_for_refitting()
+        with torch.random.fork_rng(devices=[]):   # ART draws fresh weights from the global generator
+            torch.default_generator.manual_seed(derive_seed(seed, number, 1))
+            clone = smoothed.clone_for_refitting()
         clone.fit(inputs[rest], labels[rest], nb_epochs=nb_epochs, batch_size=batch_size)
         own = derive_seed(seed, number)
         result[held] = certifiable(clone, inputs[held], labels[held], radius=radius, n=n, seed=own)
