@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -115,6 +116,19 @@ def test_measured_block_is_whole_chunks_or_the_default():
 def test_bad_settings_are_named(settings, error, words):
     with pytest.raises(error, match=words):
         Performance(**settings)
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_a_cpu_that_emulates_bfloat16_is_told(monkeypatch, capability):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        smooth(digits_network(), performance=Performance("float32", compile=True))
+        assert not seen
+        smooth(digits_network(), performance=Performance("bfloat16"))
+    assert [str(warning.message).partition(",")[0] for warning in seen] == [
+        "bfloat16 is slow on this CPU"
+    ] * (capability == "AVX2")
 
 
 def test_half_precision_needs_a_gpu():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +26,8 @@ class Performance:
     Parameters
     ----------
     dtype : str
-        ``"float32"``, or ``"bfloat16"`` or ``"float16"`` under autocast. Noise is float32 always, and cast last.
+        ``"float32"``, or ``"bfloat16"`` or ``"float16"`` under autocast. Noise is float32 always, and cast last. On
+        CPUs without instructions for it bfloat16 takes ten times as long as float32.
     channels_last : bool
         Memory layout of images; most CPUs and GPUs convolve faster with it.
     compile : bool
@@ -57,11 +59,16 @@ class Performance:
         return ", ".join(part for part in parts if part)
 
     def check_device(self, device: torch.device) -> None:
-        """Raise ``ValueError`` if the device does not compute with this dtype."""
+        """Raise ``ValueError`` if the device does not compute with this dtype; warn if it only emulates it."""
         if self.dtype == "float16" and device.type == "cpu":
             raise ValueError("dtype float16 needs a GPU; take bfloat16 or float32 on a CPU")
         if self.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise ValueError("dtype bfloat16 is not supported by this GPU; take float16 or float32")
+        if self.dtype == "bfloat16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+            warnings.warn(
+                "bfloat16 is slow on this CPU, which has no instructions for it; float32 may be ten times as fast",
+                stacklevel=2,
+            )
 
 
 class Voter(nn.Module):
