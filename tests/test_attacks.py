@@ -419,6 +419,23 @@ def test_every_named_attack_stays_in_its_budget_and_contradicts_nothing(trained,
     assert np.all(np.diff(result.wrong) >= 0)
 
 
+def test_brendel_bethge_by_name_moves_every_input_of_a_batch(trained, eight, monkeypatch):
+    """In a batch ART's own stays at its starting points: no step of one search is right for all inputs."""
+    x, y = eight
+    family, begun = brendel_bethge(), []
+
+    class Watched(family):
+        def generate(self, x, y=None, **kwargs):
+            begun.append(kwargs["starting_points"].copy())
+            return super().generate(x, y, **kwargs)
+
+    monkeypatch.setattr(art.attacks.evasion, "BrendelBethgeAttack", Watched, raising=False)
+    found = ATTACKS["brendel-bethge"].make(trained, 1.0, 20, 0)(x, y)
+    assert [len(points) for points in begun] == [1] * len(x)
+    start, end = (np.linalg.norm((z - x).reshape(len(x), -1), axis=1) for z in (np.concatenate(begun), found))
+    assert (end < 0.9 * start).all()
+
+
 @pytest.mark.parametrize("name", ["pgd-linf", "smoothed-pgd-linf", "square"])
 def test_attacks_in_linf_stay_in_the_largest_ball_within_the_l2_budget(trained, eight, name):
     x, y = eight

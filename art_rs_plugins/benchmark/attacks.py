@@ -117,7 +117,22 @@ def _brendel_bethge(estimator: PyTorchSmoothedClassifier, _budget: float, steps:
     except ImportError as error:
         raise ImportError("brendel-bethge needs numba: pip install 'art-rs-plugins[attacks]'") from error
     view = estimator.attack_view()
-    return _from_start(BrendelBethgeAttack(view, norm=2, steps=steps, lr=0.1), view, seed)
+    return _from_start(_OneByOne(BrendelBethgeAttack(view, norm=2, steps=steps, lr=0.1)), view, seed)
+
+
+class _OneByOne:
+    """ART's Brendel-Bethge seeks one boundary for a whole batch, and stays where it began if there is none."""
+
+    def __init__(self, attack: Any) -> None:
+        self.attack = attack
+
+    def generate(self, x: Images, y: NDArray[np.int64], *, starting_points: Images, **_: Any) -> Images:
+        truth = np.eye(self.attack.estimator.nb_classes, dtype=np.float32)[y]
+        found = [
+            self.attack.generate(x[row], truth[row], starting_points=starting_points[row])
+            for row in (slice(at, at + 1) for at in range(len(x)))
+        ]
+        return np.concatenate(found)
 
 
 def _from_start(attack: Any, view: Any, seed: int) -> Craft:
