@@ -734,7 +734,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({"mode": "commit"}, TypeError, "mode must be a Commit, Frozen, Conditional or a function"),
+        ({"mode": "commit"}, TypeError, "mode must be a Commit, Frozen, Conditional or a SigmaFunction"),
         ({"mode": Commit}, TypeError, "mode must be"),
         ({"mode": lambda x: x}, TypeError, "mode must be"),
         ({"noise": GridGaussian}, ValueError, "noise must be Gaussian"),

@@ -48,6 +48,7 @@ from art_rs_plugins.smoothing.sigma import TopTwoRadius
 from art_rs_plugins.smoothing.sigma_table import ThreePoint
 from art_rs_plugins.theory.audit import audit
 from art_rs_plugins.theory.elastic import Projection, SigmaFunction
+from art_rs_plugins.theory.scales import SequentialScales
 
 GRID = (0.25, 2.25)
 
@@ -242,6 +243,15 @@ def test_certificates_and_answers_keep_alpha(certificate) -> None:
     assert (found.radius > 0).mean() > 0.5
     careless = classifier.certificates(x, n=100, n0=25, seed=11, rule=replace(classifier.certificate, alpha=0.6))
     assert (careless.radius[careless.prediction == 0] > least).sum() > allowed(trials, alpha)   # control
+
+    radii = [0.05, least, 1.5 * least]   # the second is false by nothing, and may be claimed with probability alpha
+    named = classifier.certificates(x[:800], radii=radii, n=1_000, n0=400, seed=14)
+    assert set(named.radius.tolist()) <= {0.0, *radii}
+    assert ((named.radius >= least) & (named.prediction == 0)).sum() <= allowed(800, alpha)
+    # a cascade whose first level is about as sure as its threshold certifies little
+    assert (named.radius[named.prediction == 0] >= 0.05).mean() > (0.15 if isinstance(certificate, Cascade) else 0.9)
+    assert named.passes.max() <= len(classifier.certificate.levels) * 1_400
+    assert (named.passes >= named.n + named.n0).all()
 
     edge = np.zeros_like(x)   # belongs to neither class
     answers = classifier.predictions(edge, n=100, seed=12)
@@ -653,8 +663,8 @@ def test_bad_settings_are_named(make, error, words: str) -> None:
 
 def test_what_a_certificate_over_levels_cannot_take_is_refused() -> None:
     classifier, x = insta(ISLAND, Envelope(GRID)), line(0.0)
-    with pytest.raises(ValueError, match="radii cannot be named under Envelope"):
-        classifier.certificates(x, radii=[0.1])
+    with pytest.raises(TypeError, match="rule must be the certificate"):
+        classifier.certificates(x, rule=SequentialScales(Envelope((0.5, 1.0)), (0.1,)))
     for choice in ({"tolerance": 0.1}, {"rule": OneSided()}, {"rule": Cascade((0.5,))}, {"rule": Envelope((0.5, 1.0))}):
         with pytest.raises(TypeError, match="rule must be the certificate"):
             classifier.certificates(x, **choice)

@@ -214,6 +214,31 @@ def test_a_frozen_copy_is_probed_once_for_each_kind_of_input(compiled_shapes):
             random.certificates(X[:1], n=200, seed=0)
 
 
+def test_an_input_that_is_not_finite_vouches_for_no_network():
+    class Leaky(torch.nn.Module):
+        def forward(self, x):
+            flat = x.flatten(1)[:, :10]
+            return flat - flat.mean(dim=0)
+
+    leaky = smooth(Leaky(), performance=Performance(channels_last=True))
+    broken = X[:2].copy()
+    broken[0, 0, 0, 0] = np.nan
+    leaky.predictions(broken, n=100, seed=0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="other rows of its batch"):
+            leaky.certificates(X[:2], n=100, seed=0)
+
+
+def test_hooks_and_further_buffers_reach_the_voter():
+    network = digits_network()
+    fast = smooth(network, performance=Performance(channels_last=True))
+    before = fast.certificates(X[:3], n=300, seed=0).count
+    network.register_forward_hook(lambda module, inputs, output: -output)
+    assert not np.array_equal(fast.certificates(X[:3], n=300, seed=0).count, before)
+    network.register_buffer("more", torch.zeros(1))
+    fast.certificates(X[:3], n=300, seed=0)
+
+
 def test_a_certificate_says_how_its_network_computed():
     network = digits_network()
     fast = smooth(network, performance=Performance("bfloat16", channels_last=True, block=100))

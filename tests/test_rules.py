@@ -12,7 +12,8 @@ from scipy.stats import binom, binomtest
 
 from art_rs_plugins.theory.bounds import clopper_pearson_lower
 from art_rs_plugins.theory.radii import gaussian_radius
-from art_rs_plugins.theory.rules import Decision, Marginal, OneSided, Sequential, TopTwo, by_part, strongest_rival
+from art_rs_plugins.theory.rules import Decision, Marginal, OneSided, Sequential, TopTwo, by_part
+from art_rs_plugins.theory.votes import strongest_rival
 
 
 def two_class_table(n: int) -> np.ndarray:

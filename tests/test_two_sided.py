@@ -16,7 +16,7 @@ from test_rules import all_tables, multinomial
 from art_rs_plugins.smoothing.certify import certify
 from art_rs_plugins.smoothing.grid import GridGaussian
 from art_rs_plugins.smoothing.noise import Gaussian
-from art_rs_plugins.theory import rules
+from art_rs_plugins.theory import establish
 from art_rs_plugins.theory.bounds import clopper_pearson_lower, clopper_pearson_upper
 from art_rs_plugins.theory.radii import gaussian_radius
 from art_rs_plugins.theory.rules import Decision, OneSided, Rule, Sequential
@@ -250,7 +250,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], Paths]:
 
     def make(step: int, outcomes: int) -> Paths:
         paths = Paths(step, outcomes)
-        monkeypatch.setattr(rules, "schedule", lambda n: paths.looks)
+        monkeypatch.setattr(establish, "schedule", lambda n: paths.looks)
         return paths
 
     return make

@@ -30,7 +30,8 @@ from art_rs_plugins.theory.composition import (
 )
 from art_rs_plugins.theory.metrics import average_certified_radius, check_labels, natural_accuracy
 from art_rs_plugins.theory.radii import gaussian_radius
-from art_rs_plugins.theory.rules import OneSided, Rule, TopTwo, Verdict, Votes
+from art_rs_plugins.theory.rules import OneSided, Rule, TopTwo, Verdict
+from art_rs_plugins.theory.votes import Votes
 
 __all__ = ["COMPOSITION_ATTACKS", "Sweep", "random_router", "selection_rate", "sweep"]
 

@@ -399,7 +399,9 @@ class PyTorchSmoothedClassifier(Trainable, PyTorchRandomizedSmoothing):
         if self.performance in (Performance(), Performance(block=self.performance.block)):
             return f
         # modules compare by identity, and being kept they cannot lend it to others
-        key, state = (self.performance, *list(f.modules())[1:]), (*f.parameters(), *f.buffers())
+        parts, state = list(f.modules())[1:], (*f.parameters(), *f.buffers())
+        hooks = [tuple(hooked) for part in parts for hooked in (part._forward_hooks, part._forward_pre_hooks)]
+        key = (self.performance, len(state), *parts, *hooks)
         ready = self._ready.get(id(f))
         # values, not version counters: those miss whoever writes to parameter.data
         if ready is None or ready[0] != key or not all(map(torch.equal, ready[1], state)):

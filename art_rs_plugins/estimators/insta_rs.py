@@ -34,7 +34,7 @@ from art_rs_plugins.smoothing.soft import ScaleModule
 from art_rs_plugins.smoothing.training import Epoch, fit, shuffled
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.elastic import SigmaFunction
-from art_rs_plugins.theory.scales import Cascade, Envelope, Selector
+from art_rs_plugins.theory.scales import Cascade, Envelope, Selector, SequentialScales
 
 __all__ = ["PyTorchInstaRS"]
 
@@ -140,9 +140,8 @@ class PyTorchInstaRS(PyTorchSmoothedClassifier):
     def _rule(self, radii: tuple[float, ...] | None) -> Any:
         if not isinstance(self._certificate, _OVER_LEVELS):
             return super()._rule(radii)
-        if radii is not None:
-            raise ValueError(f"radii cannot be named under {self._certificate}: leave them out for the whole radius")
-        return self.certificate
+        over_levels: Any = self.certificate
+        return over_levels if radii is None else SequentialScales(over_levels, radii)
 
     def _certify(
         self, f: nn.Module, x: Tensor, *, n: int, n0: int, rules: Sequence[Any], seed: int, indices: NDArray[np.int64]
@@ -150,7 +149,8 @@ class PyTorchInstaRS(PyTorchSmoothedClassifier):
         chosen, votes = self._certificate, {"n": n, "n0": n0, **self._votes(seed, indices)}
         if isinstance(chosen, _OVER_LEVELS):
             for rule in rules:
-                if not isinstance(rule, type(chosen)) or replace(rule, alpha=chosen.alpha) != chosen:
+                named = rule.rule if isinstance(rule, SequentialScales) else rule
+                if not isinstance(named, type(chosen)) or replace(named, alpha=chosen.alpha) != chosen:
                     raise TypeError(f"rule must be the certificate, {chosen}, which defines the classifier; got {rule}")
             return [certify_scales(self._networks(f), x, rule, **votes) for rule in rules]
         if not isinstance(chosen, Conditional):
@@ -276,7 +276,7 @@ def _checked(certificate: Any) -> Any:
     """Return what may define a classifier over several noise levels, or raise ``TypeError``."""
     if isinstance(certificate, type) or not isinstance(certificate, (*_OVER_LEVELS, Conditional, SigmaFunction)):
         raise TypeError(
-            "certificate must be an Envelope, Cascade, Selector, Conditional or a function sigma(x) with a radius, "
+            "certificate must be an Envelope, Cascade, Selector, Conditional or a SigmaFunction, "
             f"such as Envelope((0.25, 0.5)), got {certificate!r}"
         )
     return certificate

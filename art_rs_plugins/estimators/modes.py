@@ -122,7 +122,7 @@ def check_mode(mode: Any) -> Mode:
     """Return a mode, or raise ``TypeError``."""
     if isinstance(mode, type) or not isinstance(mode, Commit | Frozen | Conditional | SigmaFunction):
         raise TypeError(
-            "mode must be a Commit, Frozen, Conditional or a function sigma(x) with a radius, such as BinnedSigma, got "
+            "mode must be a Commit, Frozen, Conditional or a SigmaFunction, such as BinnedSigma, got "
             f"{mode!r}"
         )
     checked: Mode = mode

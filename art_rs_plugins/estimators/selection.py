@@ -45,7 +45,8 @@ from art_rs_plugins.theory.composition import (
 )
 from art_rs_plugins.theory.metrics import check_labels
 from art_rs_plugins.theory.patches import Placement
-from art_rs_plugins.theory.rules import Marginal, Rule, TopTwo, Verdict, Votes
+from art_rs_plugins.theory.rules import Marginal, Rule, TopTwo, Verdict
+from art_rs_plugins.theory.votes import Votes
 
 __all__ = ["Branch", "CoreModel", "as_core", "certifiable", "check_fit", "cross_fitted", "fit_selector"]
 

@@ -23,8 +23,9 @@ from art_rs_plugins.smoothing.sampling import (
     make_sampler,
 )
 from art_rs_plugins.theory.certificates import Certificates
-from art_rs_plugins.theory.rules import OneSided, Rule, TopTwo, Votes
+from art_rs_plugins.theory.rules import OneSided, Rule, TopTwo
 from art_rs_plugins.theory.sequences import schedule
+from art_rs_plugins.theory.votes import Votes
 
 __all__ = ["Predictions", "certify", "certify_all", "predict"]
 

@@ -26,18 +26,19 @@ Capture = Callable[[Callable[[], Tensor], Sequence[Any]], tuple[Callable[[], obj
 
 
 def capture(record: Callable[[], Tensor], generators: Sequence[torch.Generator]) -> tuple[Callable[[], object], Tensor]:
-    """Record on the current CUDA device; warmed up beside it first, as lazy parts of a network may not be recorded."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(3):
-            record()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        result = record()
+    """Record on the CUDA device of the generators; warmed up beside it first, as lazy parts may not be recorded."""
+    with torch.cuda.device(generators[0].device):
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(3):
+                record()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            result = record()
     return graph.replay, result
 
 
@@ -62,6 +63,7 @@ class BatchGraph:
         self.sources: list[Source] = list(keys) if on_host else [torch.Generator(picked.device) for _ in keys]
         self._seed(keys)
         generators = [] if on_host else self.sources
+        self.step = step   # what it holds has to live as long as the graph
         self.replay, self.votes = capture(lambda: step(self.picked, self.sources, self.limit), generators)
 
     def __call__(self, picked: Tensor, keys: Sequence[Key], limit: Tensor) -> Tensor:
@@ -90,18 +92,23 @@ def batch_graph(
     step, picked, keys, limit, capture
         As in `BatchGraph`.
     probe : Step
-        The same step with votes that no two keys share. A network that is sure of its class would not tell whether a
-        replay draws anew, and one that does not would make every certificate false.
+        The same step with another network, which is unsure of its class where inputs are zero. A network that is sure
+        would not tell whether a replay draws anew, and one that does not would make every certificate false.
     """
-    others = [replace(key, seed=key.seed ^ 1) for key in keys]
+    zeros, spread = torch.zeros_like(picked), torch.empty_like(picked)   # in the layout of the inputs
+    spread.copy_(torch.linspace(-3.0, 3.0, picked.numel(), device=picked.device).view(picked.shape))
+    whole = torch.full_like(limit, int(limit.max()))
+    batches = {
+        probe: [(zeros, 0, whole), *[(zeros, turn, whole) for turn in (1, 2, 3, 0)], (spread, 4, whole // 2)],
+        step: [(picked, 0, limit), (spread, 1, whole // 2), (zeros, 2, whole), (picked, 0, limit)],
+    }
     try:
-        for each in (probe, step):
+        for each, cases in batches.items():
             graph = BatchGraph(each, picked, keys, limit, capture)
-            agreed = all(
-                torch.equal(graph(picked, names, limit), each(picked, names, limit)) for names in (keys, others, keys)
-            )
-            if not agreed:
-                raise RuntimeError("its votes differ from those of the same batch without it")
+            for inputs, turn, least in cases:
+                names = [replace(key, seed=key.seed ^ turn) for key in keys]
+                if not torch.equal(graph(inputs, names, least), each(inputs, names, least)):
+                    raise RuntimeError("its votes differ from those of the same batch without it")
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         warnings.warn(f"votes are counted without a graph of the device: {reason}", RuntimeWarning, stacklevel=2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, ClassVar, Protocol
 
@@ -33,6 +33,7 @@ __all__ = [
     "fresh_seed",
     "is_channels_last",
     "philox",
+    "recordable",
     "standard_normal",
     "standard_normals",
 ]
@@ -200,6 +201,19 @@ class Noise(Protocol):
         ...
 
 
+def recordable(noise: Noise) -> tuple[Any, ...] | None:
+    """What tells the draws of a noise from those of others, if a graph may record them; else None.
+
+    That takes one sigma, given as a number, and draws that need nothing but their generators: `GridGaussian` reads
+    tables that may be gone when the graph is replayed.
+    """
+    if not getattr(type(noise), "graphs", False):
+        return None
+    values = [getattr(noise, each.name) for each in fields(noise)]   # type: ignore[arg-type]
+    parts = [value if isinstance(value, float) else recordable(value) for value in values]
+    return None if any(part is None for part in parts) else (type(noise), *parts)
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether images (j, c, h, w) lie in memory with their channels last, and only so."""
     return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -229,6 +243,7 @@ class Gaussian:
 
     norm: ClassVar[float] = 2.0
     kind: ClassVar[Kind] = "certified"
+    graphs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         values = check_sigma(self.sigma)

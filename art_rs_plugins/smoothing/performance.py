@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from art_rs_plugins.smoothing.modules import BaseClassifier, PatchReduce
-from art_rs_plugins.smoothing.sampling import CHUNK, check_count, chunk_size, default_block
+from art_rs_plugins.smoothing.sampling import CHUNK, FrozenClassifier, check_count, chunk_size, default_block
 
 __all__ = ["Performance", "Voter", "measure_block"]
 
@@ -71,7 +71,7 @@ class Performance:
             )
 
 
-class Voter(nn.Module):
+class Voter(FrozenClassifier):
     """A base classifier ready to vote: a frozen copy, folded if its network knows how, in the layout and dtype asked.
 
     Parameters
@@ -92,9 +92,8 @@ class Voter(nn.Module):
             ready = ready.to(memory_format=torch.channels_last)   # type: ignore[call-overload]
         self.dtype = _DTYPES[performance.dtype]
         self.performance = performance
-        self.passed: set[object] = set()
-        cuda = any(parameter.is_cuda for parameter in ready.parameters())
-        self.graphs: dict[object, object] | None = {} if performance.compile and cuda else None
+        if performance.compile and any(parameter.is_cuda for parameter in ready.parameters()):
+            self.graphs = {}
         self.f = _compiled(ready) if performance.compile else ready
         self.eval()
 

@@ -14,10 +14,20 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from art_rs_plugins.smoothing.graphs import BatchGraph, batch_graph
-from art_rs_plugins.smoothing.noise import Key, Noise, Source, Stage, check_seed, is_channels_last, standard_normal
+from art_rs_plugins.smoothing.noise import (
+    Key,
+    Noise,
+    Source,
+    Stage,
+    check_seed,
+    is_channels_last,
+    recordable,
+    standard_normal,
+)
 
 __all__ = [
     "CHUNK",
+    "FrozenClassifier",
     "Sampler",
     "check_count",
     "check_indices",
@@ -84,13 +94,30 @@ def _modules(f: Classifier) -> Iterable[nn.Module]:
     return f.modules() if isinstance(f, nn.Module) else ()
 
 
+class FrozenClassifier(nn.Module):
+    """A base classifier that never changes, so that what was found out about it stays true.
+
+    Attributes
+    ----------
+    passed : set
+        Kinds of input that it was probed with. Probes of a compiled network cost three whole passes.
+    graphs : dict or None
+        Recorded batches; None where its device records none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passed: set[object] = set()
+        self.graphs: dict[object, BatchGraph | None] | None = None
+
+
 def check_network(f: Classifier, x: Tensor, num_classes: int) -> None:
     """Refuse a network whose votes would not mean what a certificate says.
 
     Parameters
     ----------
     f : callable
-        Base classifier. One with a set ``passed`` promises never to change, and is probed once for each kind of input.
+        Base classifier; a `FrozenClassifier` is probed once for each kind of input.
     x : Tensor, shape (b, ...)
         Inputs that are about to be voted on; the first is used as a probe.
     num_classes : int
@@ -111,10 +138,8 @@ def check_network(f: Classifier, x: Tensor, num_classes: int) -> None:
         raise ValueError("x must hold at least one input")
     if any(module.training for module in _modules(f)):
         raise ValueError("f is in training mode, where rows of a batch influence each other; call f.eval() first")
-    # a frozen copy, such as a Voter, passes the probes once: where it is compiled they cost three whole passes
-    passed: set[object] = getattr(f, "passed", set())
     case = (x.shape[1:], x.dtype, x.device, num_classes)
-    if case in passed:
+    if isinstance(f, FrozenClassifier) and case in f.passed:
         return
     device = next((p.device for module in _modules(f) for p in module.parameters(recurse=False)), x.device)
     if device != x.device:
@@ -139,7 +164,9 @@ def check_network(f: Classifier, x: Tensor, num_classes: int) -> None:
                 f"the output of f for one input changed by {float(change):.2g} with the other rows of its batch; "
                 "a certificate needs a classifier that sees one input at a time"
             )
-    passed.add(case)
+    # what is not finite shows no dependence, and speaks for no other input
+    if isinstance(f, FrozenClassifier) and all(bool(torch.isfinite(each).all()) for each in (first, second)):
+        f.passed.add(case)
 
 
 def strict_votes(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,10 +199,9 @@ def _count(
     return votes.scatter_add_(0, cells, counted.flatten().to(torch.int64)).view(-1, num_classes)
 
 
-def _first_numbers(k: int, noisy: Tensor) -> Tensor:
-    """Logits (m, k) that are noise and little else."""
-    flat = noisy.flatten(1)
-    return flat[:, torch.arange(k, device=flat.device) % flat.shape[1]] + torch.arange(k, device=flat.device) * 1e-3
+def _projected(directions: Tensor, noisy: Tensor) -> Tensor:
+    """Logits (m, k) along directions (d, k): where there is nothing but noise, no class is sure."""
+    return noisy.flatten(1)[:, : len(directions)] @ directions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -237,11 +263,12 @@ class Sampler:
         work = np.concatenate([jobs, np.repeat(jobs[-1:], padding, axis=0)])
         kept = np.clip(stop - work[:, 1] * self.chunk, 0, self.chunk)
         kept[len(jobs) :] = 0
-        inputs = rows[work[:, 0]]
-        votes = torch.zeros((len(rows), k), dtype=torch.int64, device=self.x.device)
-        # one transfer for all batches: nothing in the loop waits for the device
-        plan = torch.from_numpy(np.stack([inputs, kept, work[:, 0]])).to(self.x.device)
-        with torch.no_grad():
+        inputs, levels = rows[work[:, 0]], self.noise.for_inputs(len(self.x))
+        # what is kept for later calls has to be an ordinary tensor
+        with torch.inference_mode(False), torch.no_grad():
+            votes = torch.zeros((len(rows), k), dtype=torch.int64, device=self.x.device)
+            # one transfer for all batches: nothing in the loop waits for the device
+            plan = torch.from_numpy(np.stack([inputs, kept, work[:, 0]])).to(self.x.device)
             for first in range(0, len(work), slots):
                 batch = slice(first, first + slots)
                 keys = [
@@ -251,22 +278,24 @@ class Sampler:
                 picked = self.x[plan[0, batch]]
                 if is_channels_last(self.x):
                     picked = picked.contiguous(memory_format=torch.channels_last)
-                sigma = self.noise.for_inputs(len(self.x))[inputs[batch]]
-                votes.index_add_(0, plan[2, batch], self._batch(picked, sigma, keys, plan[1, batch]))
+                votes.index_add_(0, plan[2, batch], self._batch(picked, levels[inputs[batch]], keys, plan[1, batch]))
         return votes
 
     def _batch(self, picked: Tensor, sigma: NDArray[np.float64], keys: Sequence[Key], limit: Tensor) -> Tensor:
         """Votes (slots, k) of one batch: by its graph, where f keeps some and one graph will serve every batch."""
         settings = self.noise, self.chunk, self.num_classes, sigma
         step = partial(_count, self.f, *settings)
-        graphs: dict[object, BatchGraph | None] | None = getattr(self.f, "graphs", None)
-        if graphs is None or np.ptp(self.noise.for_inputs(len(self.x))) > 0.0:
+        graphs, recorded = self.f.graphs if isinstance(self.f, FrozenClassifier) else None, recordable(self.noise)
+        if graphs is None or recorded is None:
             return step(picked, keys, limit)
-        case = (repr(self.noise), self.chunk, self.num_classes, picked.shape, picked.stride(), picked.dtype)
+        layout = picked.shape, picked.stride(), picked.dtype, picked.device
+        case = recorded, self.chunk, self.num_classes, layout
         if case not in graphs:
             if len(graphs) >= GRAPHS:
                 graphs.clear()
-            probe = partial(_count, partial(_first_numbers, self.num_classes), *settings)
+            size = min(64, picked[0].numel()), self.num_classes
+            directions = standard_normal(size, Key(0, 0, Stage.BANK, 5)).to(picked)
+            probe = partial(_count, partial(_projected, directions), *settings)
             graphs[case] = batch_graph(step, probe, picked, keys, limit)
         graph = graphs[case]
         return step(picked, keys, limit) if graph is None else graph(picked, keys, limit)

@@ -22,8 +22,9 @@ from art_rs_plugins.smoothing.sampling import Classifier, Sampler, check_count, 
 from art_rs_plugins.smoothing.sigma import CertifiableRadius, MultiStartSearch, Objective, SigmaRule
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.elastic import SigmaFunction
-from art_rs_plugins.theory.rules import Rule, Votes, under
-from art_rs_plugins.theory.scales import Cascade, Envelope, ScaleRule, Selector
+from art_rs_plugins.theory.rules import Rule, under
+from art_rs_plugins.theory.scales import Cascade, Envelope, ScaleRule, Selector, SequentialScales
+from art_rs_plugins.theory.votes import Votes
 
 __all__ = [
     "Conditional",
@@ -92,9 +93,13 @@ class _Poll:
         self.votes = [np.zeros((size, sampler.num_classes), dtype=np.int64) for sampler in samplers]
 
     def __call__(self, level: int, rows: NDArray[np.int64], n: int) -> Votes:
-        found = self.samplers[level].votes(rows, 0, n)
-        self.passes[rows] += n
-        self.votes[level][rows] = found
+        return self.between(level, rows, 0, n)
+
+    def between(self, level: int, rows: NDArray[np.int64], start: int, stop: int) -> Votes:
+        """Votes among the draws start, ..., stop - 1."""
+        found = self.samplers[level].votes(rows, start, stop)
+        self.passes[rows] += stop - start
+        self.votes[level][rows] += found
         return found
 
 
@@ -117,7 +122,7 @@ def _poll(f: Networks, x: Tensor, rule: ScaleRule, n: int, *, num_classes: int, 
 def certify_scales(
     f: Networks,
     x: Tensor,
-    rule: ScaleRule,
+    rule: ScaleRule | SequentialScales,
     *,
     num_classes: int,
     n: int,
@@ -135,12 +140,12 @@ def certify_scales(
         A `Selector` has its own as the last, with an output for each of its sigmas.
     x : Tensor, shape (b, ...), floating point
         Inputs, in the space where the radius is to hold.
-    rule : ScaleRule
-        `Envelope`, `Cascade` or `Selector`, fixed before the inputs are seen.
+    rule : ScaleRule or SequentialScales
+        `Envelope`, `Cascade` or `Selector`, fixed before the inputs are seen, or one of them for named radii.
     num_classes : int
         Number of classes k.
     n, n0 : int
-        Estimation and selection draws at each level that the rule asks about; they share none.
+        Estimation draws at most, and selection draws, at each level that the rule asks about; they share none.
     seed, indices, block
         As in `smoothing.certify.certify`.
 
@@ -160,9 +165,13 @@ def certify_scales(
     """
     n, n0, seed = check_count(n, "n"), check_count(n0, "n0"), check_seed(seed)
     settings: dict[str, Any] = {"num_classes": num_classes, "seed": seed, "indices": indices, "block": block}
-    select = _poll(f, x, rule, n0, stage=Stage.SELECTION, **settings)
-    estimate = _poll(f, x, rule, n, stage=Stage.ESTIMATION, **settings)
-    found, sigma = rule.run(select, n0, estimate, n, len(x))
+    asked = rule.rule if isinstance(rule, SequentialScales) else rule
+    select = _poll(f, x, asked, n0, stage=Stage.SELECTION, **settings)
+    estimate = _poll(f, x, asked, n, stage=Stage.ESTIMATION, **settings)
+    if isinstance(rule, SequentialScales):
+        found, sigma = rule.run(select, n0, estimate.between, n, len(x))
+    else:
+        found, sigma = rule.run(select, n0, estimate, n, len(x))
     return Certificates(
         prediction=found.prediction,
         radius=np.where(found.abstained, 0.0, np.asarray(found.radius)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -229,6 +229,8 @@ class Lifted:
 
     behind: Noise
     lift_norm: float
+
+    graphs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.lift_norm < math.inf:

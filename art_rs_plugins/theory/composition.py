@@ -18,7 +18,8 @@ from scipy.special import ndtri
 
 from art_rs_plugins.theory.bounds import check_alpha, clopper_pearson_lower, clopper_pearson_upper
 from art_rs_plugins.theory.certificates import Certificates, Kind
-from art_rs_plugins.theory.rules import Decision, Sample, Verdict, Votes, check_votes
+from art_rs_plugins.theory.rules import Decision, Sample, Verdict
+from art_rs_plugins.theory.votes import Votes, check_votes
 
 __all__ = [
     "CERTIFY",

@@ -184,7 +184,7 @@ def semi_elastic_failure(radius: ArrayLike, sigma: ArrayLike, rate: float, dimen
     Examples
     --------
     >>> semi_elastic_failure([0.25, 0.5], 0.5, 0.01, 3072).round(3)   # .309 and .159 for a fixed sigma
-    array([0.295, 0.139])
+    array([0.296, 0.141])
     """
     if not (np.isfinite(rate) and rate >= 0.0):
         raise ValueError(f"rate must be finite and >= 0, the Lipschitz constant of log sigma, got {rate}")

@@ -1,14 +1,9 @@
-"""From vote tables to a decision: the class, a bound of its probability, a bound of its rivals'.
-
-A vote table has shape (b, k), int64: votes of b inputs for k classes. Draws whose vote was invalid (logits not finite,
-or a tie) appear in no column; a rule learns of them through the number of draws and counts them with the rivals.
-"""
+"""From vote tables to a decision: the class, a bound of its probability, a bound of its rivals'; see `theory.votes`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +11,9 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from art_rs_plugins.theory.bounds import check_alpha, clopper_pearson_lower, clopper_pearson_upper, top_two_p_value
-from art_rs_plugins.theory.sequences import GatekeptTable, Progress, plan_draws, schedule
+from art_rs_plugins.theory.establish import Hypotheses, check_radii, establish
+from art_rs_plugins.theory.sequences import plan_draws
+from art_rs_plugins.theory.votes import Votes, check_votes, strongest_rival
 
 __all__ = [
     "Decision",
@@ -29,13 +26,9 @@ __all__ = [
     "SequentialUnder",
     "TopTwo",
     "Verdict",
-    "Votes",
     "by_part",
     "under",
 ]
-
-Votes = NDArray[np.int64]
-
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -102,25 +95,6 @@ class Rule(Protocol):
             Noise level of each input.
         """
         ...
-
-
-def check_votes(votes: Votes, n: int, name: str) -> Votes:
-    """Return a (b, k) table as int64, or say what is wrong with it."""
-    table = np.asarray(votes)
-    if table.dtype.kind not in "iu":
-        raise TypeError(f"{name} votes must be integers, got dtype {table.dtype}")
-    if table.ndim != 2 or table.shape[1] < 2:
-        raise ValueError(f"{name} votes must have shape (b, k) with k >= 2 classes, got {table.shape}")
-    if np.any(table < 0) or np.any(table.sum(axis=1) > n):
-        raise ValueError(f"{name} votes must be >= 0 and sum to at most n = {n} in every row")
-    return table.astype(np.int64)
-
-
-def strongest_rival(votes: Votes, prediction: NDArray[np.int64], n: int | NDArray[np.int64]) -> NDArray[np.int64]:
-    """Votes of the strongest class other than `prediction`, the invalid draws added to it. Shape (b,)."""
-    others = votes.copy()
-    others[np.arange(len(votes)), prediction] = -1
-    return np.asarray(others.max(axis=1) + (n - votes.sum(axis=1)), dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,12 +197,7 @@ class Sequential:
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha), check_alpha(self.beta, "beta")
-        values = np.asarray(self.radii, dtype=np.float64)
-        if values.ndim != 1 or not len(values) or np.any(~np.isfinite(values) | (values < 0)):
-            raise ValueError(f"radii must be finite and >= 0, in the units of the input; got {self.radii}")
-        if np.any(np.diff(values) <= 0):
-            raise ValueError(f"radii must be strictly increasing, got {self.radii}")
-        object.__setattr__(self, "radii", tuple(values.tolist()))
+        object.__setattr__(self, "radii", check_radii(self.radii))
 
     def run(self, selection: Votes, n0: int, sample: Sample, n: int, sigma: NDArray[np.float64]) -> Decision:
         """Decide with at most n draws; see `Rule`. ``ValueError`` if n is below the first look."""
@@ -239,69 +208,28 @@ class Sequential:
         return np.array(self.radii) / sigma[:, None]
 
     def _establish(self, pilot: Votes, limits: Sequence[NDArray[np.float64]], sample: Sample, n: int) -> Decision:
-        """Establish 1 - p_A < limits[0], and every rival's p_c < limits[-1], for the radii in ascending order.
+        """Establish 1 - p_A < limits[0], and where there are two every rival's p_c < limits[1]; see `Hypotheses`."""
+        guess, each = pilot.argmax(axis=1).astype(np.int64), np.arange(len(pilot))
+        all_of_them = np.ones(len(pilot), dtype=bool)
+        hypotheses = [Hypotheses(0, guess, bounds, all_of_them, rival=i > 0) for i, bounds in enumerate(limits)]
 
-        `limits` are one array (b, m), or two; 0 where a radius is out of reach.
-        """
-        guess, each, looks = pilot.argmax(axis=1).astype(np.int64), np.arange(len(pilot)), schedule(n)
-        votes, taken, passed = np.zeros_like(pilot), np.zeros(len(pilot), np.int64), np.zeros(len(pilot), np.int64)
-        undecided, before = np.zeros(len(pilot), dtype=bool), 0
-        groups, states = [], []
-        kinds, kind = np.unique(np.concatenate(limits, axis=1), axis=0, return_inverse=True)
-        for i, values in enumerate(kinds):
-            tables = _tables(tuple(map(tuple, values.reshape(len(limits), -1).tolist())), looks, self.alpha, self.beta)
-            rows = np.flatnonzero(kind.ravel() == i)
-            groups.append((rows, tables))
-            states.append([table.start(len(rows)) for table in tables])
-            undecided[rows] = len(tables) > 0
-        for look in looks:
-            active = np.flatnonzero(undecided)
-            if not len(active):
-                break
-            votes[active] += sample(active, before, look)
-            taken[active], before = look, look
-            counts = np.stack([votes[each, guess], taken - strongest_rival(votes, guess, taken)])
-            for i, (rows, tables) in enumerate(groups):
-                if undecided[rows].any():
-                    states[i] = _advance(tables, states[i], counts[:, rows])
-                    passed[rows] = np.min([state.passed for state in states[i]], axis=0)
-                    undecided[rows] = ~np.all([state.decided for state in states[i]], axis=0)
-        known, last = passed > 0, np.maximum(passed - 1, 0)
-        failure = np.where(known, limits[0][each, last], 1.0)
+        def sample_at(_level: int, rows: NDArray[np.int64], start: int, stop: int) -> Votes:
+            return sample(rows, start, stop)
+
+        found = establish(hypotheses, sample_at, n, [pilot.shape[1]], self.alpha, self.beta)
+        votes, taken, last = found.votes[0], found.taken[0], np.maximum(found.passed - 1, 0)
+        failure, upper = (np.where(found.passed > 0, bounds[each, last], 1.0) for bounds in (limits[0], limits[-1]))
         return Decision(
             prediction=guess,
-            abstained=~known,
+            abstained=found.passed == 0,
             failure=failure,
             p_lower=1.0 - failure,
-            p_upper=np.where(known, limits[-1][each, last], 1.0),
+            p_upper=upper,
             count=votes[each, guess],
             runner_up_count=strongest_rival(votes, guess, taken),
             n=taken,
-            radius=np.array([0.0, *self.radii])[passed],
+            radius=np.array([0.0, *self.radii])[found.passed],
         )
-
-
-@lru_cache(maxsize=1024)
-def _tables(
-    limits: tuple[tuple[float, ...], ...], looks: tuple[int, ...], alpha: float, beta: float
-) -> tuple[GatekeptTable, ...]:
-    """Tests of "1 - p_A >= limit", and by 1 - p_c of "p_c >= limit", for limits that descend."""
-    # the same limits ask for the same probability, which a rival's 1 - p_c reaches wherever p_A does; each is tested
-    # a hair above, so that rounding cannot turn "p > p0" into less than the radius
-    rows = [np.minimum((1.0 - np.array(row)) * (1.0 + 1e-12), 1.0) for row in dict.fromkeys(limits)]
-    reachable = min(int((row < 1.0).sum()) for row in rows)
-    return tuple(GatekeptTable(tuple(row[:reachable]), looks, alpha, beta) for row in rows) if reachable else ()
-
-
-def _advance(
-    tables: tuple[GatekeptTable, ...], states: list[Progress], counts: NDArray[np.int64]
-) -> list[Progress]:
-    """Take the next look at b inputs in each of their tests; a radius needs all of them. Counts of shape (2, b)."""
-    states = [table.advance(state, count) for table, state, count in zip(tables, states, counts, strict=False)]
-    passed = np.min([state.passed for state in states], axis=0)
-    # the first radius that is not established is given up as soon as one of its tests is
-    given_up = np.any([state.decided & (state.passed == passed) for state in states], axis=0)
-    return [replace(state, decided=state.decided | given_up) for state in states]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -314,7 +242,7 @@ class SequentialUnder(Sequential):
         As in `Sequential`.
     limits : ndarray of float64, shape (b, m)
         What 1 - p_A has to stay below for each of the radii, at the b inputs that are decided about; descending along
-        the radii, 0 where a radius is out of reach. Constants: no draw may have a say in them.
+        the radii, 0 or NaN where a radius is out of reach. Constants: no draw may have a say in them.
 
     Notes
     -----

@@ -13,7 +13,7 @@ and f may be another network at each level.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,10 +21,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, ndtri
 
 from art_rs_plugins.theory.bounds import check_alpha, clopper_pearson_lower, clopper_pearson_upper
+from art_rs_plugins.theory.establish import Hypotheses, SampleAt, check_radii, establish
 from art_rs_plugins.theory.radii import check_sigma, gaussian_radius
-from art_rs_plugins.theory.rules import Decision, OneSided, Votes, check_votes, strongest_rival
+from art_rs_plugins.theory.rules import Decision, OneSided
+from art_rs_plugins.theory.votes import Votes, check_votes, strongest_rival
 
-__all__ = ["Cascade", "Envelope", "ScaleRule", "Selector", "VotesAt"]
+__all__ = ["Cascade", "Envelope", "ScaleRule", "Selector", "SequentialScales", "VotesAt"]
 
 _INWARD = 1e-12
 """Relative shrinkage of a difference of scores; their quantiles are accurate to about 1e-15."""
@@ -123,6 +125,25 @@ def _decide(
     ), sigma
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What a rule has to establish for named radii, from its selection votes: constants from there on.
+
+    Attributes
+    ----------
+    guess : ndarray of int64, shape (b,)
+        Class of each input.
+    level : ndarray of int64, shape (b,)
+        Level that speaks for the class.
+    hypotheses : list of Hypotheses
+        While one of them is true at a radius, the classifier's answer may change within it.
+    """
+
+    guess: NDArray[np.int64]
+    level: NDArray[np.int64]
+    hypotheses: list[Hypotheses]
+
+
 @dataclass(frozen=True, slots=True)
 class Envelope:
     r"""Answer with the class that scores best at its best noise level.
@@ -205,10 +226,7 @@ class Envelope:
     ) -> tuple[Decision, NDArray[np.float64]]:
         """Decide from votes at every level; see `ScaleRule`. The sigma returned is the best one for the class."""
         rows, numbers = np.arange(size), range(len(self.sigmas))
-        first = np.stack([check_votes(select(i, rows, n0), n0, "selection") for i in numbers])
-        terms = self._terms(np.asarray((first + 0.5) / (n0 + 1.0), dtype=np.float64))
-        guess = terms.max(axis=0).argmax(axis=1)
-        best = terms[:, rows, guess].argmax(axis=0)
+        guess, best, _ = self._named(select, n0, size)
         votes = np.stack([check_votes(estimate(i, rows, n), n, "estimation") for i in numbers])
         rivals = np.stack([strongest_rival(table, guess, n) for table in votes])
         count, share = votes[best, rows, guess], self.split * self.alpha
@@ -217,6 +235,33 @@ class Envelope:
         upper[best, rows] = np.minimum(upper[best, rows], failure)
         radius, sigma = self._radius(best, failure, upper), np.array(self.sigmas)[best]
         return _decide(guess, (count, rivals[best, rows]), n, share, upper[best, rows], radius, sigma)
+
+    def _named(
+        self, select: VotesAt, n0: int, size: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """Class and level (b,) that the selection votes name, and the middle (b,) between its score and the next."""
+        rows = np.arange(size)
+        first = np.stack([check_votes(select(i, rows, n0), n0, "selection") for i in range(len(self.sigmas))])
+        terms = self._terms(np.asarray((first + 0.5) / (n0 + 1.0), dtype=np.float64))
+        scores = terms.max(axis=0)
+        guess = scores.argmax(axis=1)
+        best = terms[:, rows, guess].argmax(axis=0)
+        top, scores[rows, guess] = scores[rows, guess], -np.inf
+        return guess.astype(np.int64), best, 0.5 * (top + scores.max(axis=1))
+
+    def plan(self, select: VotesAt, n0: int, size: int, radii: Sequence[float]) -> Plan:
+        """What to establish for named radii; see `SequentialScales`."""
+        guess, best, middle = self._named(select, n0, size)
+        slope, offset, weight = np.multiply(self.weights, self.sigmas), np.array(self.offsets), np.array(self.weights)
+        step = 0.1 * slope.min()   # few middles, so that inputs share their boundaries
+        middle, reach = step * np.round(middle / step)[:, None], np.array(radii)
+        hypotheses = []
+        for i in range(len(self.sigmas)):
+            own = ndtr(-(middle + weight[i] * reach + offset[i]) / slope[i])
+            others = ndtr((middle - weight[i] * reach + offset[i]) / slope[i])
+            hypotheses.append(Hypotheses(i, guess, own, best == i))
+            hypotheses.append(Hypotheses(i, guess, others, best >= 0, rival=True))
+        return Plan(guess, best, hypotheses)
 
     def _radius(
         self, best: NDArray[np.int64], failure: NDArray[np.float64], upper: NDArray[np.float64]
@@ -309,6 +354,16 @@ class Cascade:
             radius[rows] = np.minimum(radius[rows], np.where(level[rows] == i, accepts, passes))
         return _decide(guess, (count, rival), n, self.alpha, failure, radius, np.array(self.sigmas)[level])
 
+    def plan(self, select: VotesAt, n0: int, size: int, radii: Sequence[float]) -> Plan:
+        """What to establish for named radii; see `SequentialScales`."""
+        level, guess = self._descend(select, n0, size)
+        hypotheses = []
+        for i, (sigma, threshold) in enumerate(zip(self.sigmas, ndtri(np.array(self.threshold)), strict=True)):
+            steps = np.broadcast_to(np.array(radii) / sigma, (size, len(radii)))
+            hypotheses.append(Hypotheses(i, guess, ndtr(-threshold - steps), level == i))
+            hypotheses.append(Hypotheses(i, guess, ndtr(threshold - steps), level > i, rival=True))
+        return Plan(guess, level, hypotheses)
+
     def _descend(self, select: VotesAt, n0: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Level and class (b,) that the selection votes name; the last level takes whatever comes."""
         level, guess = np.full(size, len(self.sigmas) - 1), np.zeros(size, dtype=np.int64)
@@ -398,3 +453,116 @@ class Selector:
         reach = gaussian_radius(choice.failure, choice.failure, self.selector_sigma)
         radius = np.minimum(reach, gaussian_radius(failure, failure, sigma))
         return _decide(guess, (count, rival), n, self.alpha, failure, radius, sigma)
+
+    def plan(self, select: VotesAt, n0: int, size: int, radii: Sequence[float]) -> Plan:
+        """What to establish for named radii; see `SequentialScales`."""
+        everyone, m, reach = np.arange(size), len(self.sigmas), np.array(radii)
+        level = check_votes(select(m, everyone, n0), n0, "selection").argmax(axis=1)
+        limits = np.broadcast_to(ndtr(-reach / self.selector_sigma), (size, len(radii)))
+        guess, hypotheses = np.zeros(size, dtype=np.int64), [Hypotheses(m, level, limits, level >= 0)]
+        for i in np.unique(level).tolist():
+            rows = np.flatnonzero(level == i)
+            guess[rows] = check_votes(select(i, rows, n0), n0, "selection").argmax(axis=1)
+            limits = np.broadcast_to(ndtr(-reach / self.sigmas[i]), (size, len(radii)))
+            hypotheses.append(Hypotheses(i, guess, limits, level == i))
+        return Plan(guess, level, hypotheses)
+
+
+@dataclass(frozen=True, slots=True)
+class SequentialScales:
+    """Establish as many of several named radii as possible for a classifier over noise levels, stopping when clear.
+
+    Parameters
+    ----------
+    rule : Envelope, Cascade or Selector
+        The classifier.
+    radii : sequence of float, length m
+        l2 radii in the units of the input, >= 0 and strictly increasing.
+    alpha : float, optional
+        Failure probability of one certificate, for all its radii together; that of `rule` by default, whose split has
+        no say here.
+    beta : float
+        Probability of giving one of the tests up too early, at most; it costs power, never truth.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For another rule, radii that are negative, not finite or not increasing, and alpha or beta outside (0, 1).
+
+    Notes
+    -----
+    *Guarantee.* That of `ScaleRule`, with a radius that is one of those named. Let R be the radius of the classifier
+    for the class and level that the selection draws name: the least of several terms, each about one class at one
+    level. Where R <= r, one of the hypotheses of r is true; see `establish` for the rest. What they are:
+
+    1. Cascade: R is the least of sigma_j (Phi^-1(p_c(sigma_j)) - Phi^-1(t_j)) and, at the levels i before j and for the
+       other classes o, sigma_i (Phi^-1(t_i) - Phi^-1(p_o(sigma_i))). R <= r if one of these is: that is, if
+       1 - p_c(sigma_j) >= Phi(-Phi^-1(t_j) - r / sigma_j) or p_o(sigma_i) >= Phi(Phi^-1(t_i) - r / sigma_i).
+    2. Selector: R is the smaller radius of the selector and of the chosen level: 1 - p >= Phi(-r / sigma) at one of
+       both.
+    3. Envelope: R is the least of (T_jA - T_ic) / (w_j + w_i). For any constant `middle`, R <= r means that
+       T_jA <= middle + w_j r or T_ic >= middle - w_i r for some i and c; else their difference would exceed
+       (w_j + w_i) r. The middle is taken halfway between the scores in the selection votes; what it is off costs as
+       much radius, and never truth, so that an envelope is worth some 500 selection draws.
+
+    Examples
+    --------
+    >>> chances = np.array([[0.99, 0.01]])
+    >>> def votes_at(level, rows, *draws):
+    ...     size = draws[-1] - (draws[0] if len(draws) > 1 else 0)
+    ...     return np.random.default_rng(draws[-1]).multinomial(size, chances[rows])
+    >>> rule = SequentialScales(Cascade((1.0, 0.5), 0.7), (0.5, 1.0, 2.0))
+    >>> decision, sigma = rule.run(votes_at, 100, votes_at, 10_000, 1)
+    >>> float(decision.radius[0]), float(sigma[0]), bool(decision.n[0] < 10_000)
+    (1.0, 1.0, True)
+    """
+
+    rule: Envelope | Cascade | Selector
+    radii: Sequence[float]
+    alpha: float = 0.0
+    beta: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, Envelope | Cascade | Selector):
+            raise TypeError(f"rule must be an Envelope, Cascade or Selector, got {self.rule!r}")
+        object.__setattr__(self, "alpha", check_alpha(self.alpha or self.rule.alpha))
+        object.__setattr__(self, "rule", replace(self.rule, alpha=self.alpha))
+        object.__setattr__(self, "radii", check_radii(self.radii))
+        check_alpha(self.beta, "beta")
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Noise level of each source of votes."""
+        return self.rule.levels
+
+    def run(
+        self, select: VotesAt, n0: int, sample: SampleAt, n: int, size: int
+    ) -> tuple[Decision, NDArray[np.float64]]:
+        """Decide with at most n draws at each level; see `ScaleRule`. ``ValueError`` if n is below the first look."""
+        plan, each = self.rule.plan(select, n0, size, self.radii), np.arange(size)
+        classes = [select(level, each[:0], n0).shape[1] for level in range(len(self.levels))]
+        found = establish(plan.hypotheses, sample, n, classes, self.alpha, self.beta)
+        passed, sigma = found.passed, np.array(self.levels)[plan.level]
+        radius, failure = np.array([0.0, *self.radii])[passed], np.ones(size)
+        votes, taken = np.zeros(size, dtype=np.int64), found.taken[plan.level, each]
+        rival = np.zeros(size, dtype=np.int64)
+        for hypotheses in plan.hypotheses:
+            rows = np.flatnonzero(hypotheses.asked)
+            if hypotheses.rival or hypotheses.target is not plan.guess or not len(rows):
+                continue
+            table = found.votes[hypotheses.level]
+            known = rows[passed[rows] > 0]
+            failure[known] = hypotheses.limits[known, passed[known] - 1]
+            votes[rows] = table[rows, plan.guess[rows]]
+            rival[rows] = strongest_rival(table[rows], plan.guess[rows], taken[rows])
+        return Decision(
+            prediction=plan.guess,
+            abstained=passed == 0,
+            failure=failure,
+            p_lower=1.0 - failure,
+            p_upper=np.maximum(failure, ndtr(-ndtri(failure) - 2.0 * radius / sigma)),
+            count=votes,
+            runner_up_count=rival,
+            n=taken,
+            radius=radius,
+        ), sigma

@@ -10,7 +10,8 @@ from scipy.special import ndtr, ndtri
 
 from art_rs_plugins.theory.bounds import check_alpha, clopper_pearson_lower, clopper_pearson_upper
 from art_rs_plugins.theory.radii import gaussian_radius
-from art_rs_plugins.theory.rules import Decision, Sample, Sequential, Votes, check_votes, strongest_rival
+from art_rs_plugins.theory.rules import Decision, Sample, Sequential
+from art_rs_plugins.theory.votes import Votes, check_votes, strongest_rival
 
 __all__ = ["SequentialTwoSided", "TwoSided"]
 
