@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from art_rs_plugins.theory.patches import PatchGeometry
     from art_rs_plugins.theory.regions import EndlessBudget, SharedBudget
     from art_rs_plugins.theory.rules import OneSided, Planned, Sequential
-    from art_rs_plugins.theory.scales import Cascade, Envelope, Selector
+    from art_rs_plugins.theory.scales import Cascade, Envelope, Selector, SequentialScales
     from art_rs_plugins.theory.two_sided import SequentialTwoSided, TwoSided
 
 __version__ = "0.1.0"
@@ -83,6 +83,7 @@ _HOMES = {
     "ScoreSelector": "smoothing.selectors",
     "Selector": "theory.scales",
     "Sequential": "theory.rules",
+    "SequentialScales": "theory.scales",
     "SequentialTwoSided": "theory.two_sided",
     "SharedBudget": "theory.regions",
     "SigmaTable": "smoothing.sigma_table",
@@ -137,6 +138,7 @@ __all__ = [
     "ScoreSelector",
     "Selector",
     "Sequential",
+    "SequentialScales",
     "SequentialTwoSided",
     "SharedBudget",
     "SigmaTable",

@@ -557,7 +557,7 @@ def test_named_radii_are_those_of_the_whole_radius_in_fewer_draws(rule: ScaleRul
     certified = ~found.abstained
     assert (p[np.arange(size), found.prediction] <= found.p_lower)[certified].sum() <= allowed(size, rule.alpha)
     assert (rivals.max(axis=1) > found.p_upper).sum() <= allowed(size, rule.alpha)
-    assert (gaussian_radius(found.failure, found.p_upper, sigma) <= found.radius + 1e-9)[certified].all()
+    assert gaussian_radius(found.failure, found.p_upper, sigma) == pytest.approx(found.radius, abs=1e-9)
     assert (found.count + found.runner_up_count <= found.n).all()
 
 
@@ -582,6 +582,17 @@ def test_named_radii_of_one_input_do_not_depend_on_the_others(rule: ScaleRule) -
     assert 0.1 < whole[1].mean() < 0.9
 
 
+def test_an_envelope_below_one_half_reports_the_bounds_of_its_radius() -> None:
+    """Found by a reviewer: where p_A < 1/2 the bound of 1 - p_A stood for that of the rivals, too large to agree."""
+    tables = [np.tile([0.4, 0.15, 0.15, 0.15, 0.15], (50, 1))] * 2
+    rule = SequentialScales(Envelope((0.25, 0.5)), (0.05, 0.1, 0.3))
+    found, sigma = rule.run(drawn(tables, 41), 2_000, streamed(tables, 42), 10_000, 50)
+    assert (found.radius >= 0.05).all()
+    assert (found.p_lower < 0.5).all()
+    assert gaussian_radius(found.failure, found.p_upper, sigma) == pytest.approx(found.radius, abs=1e-9)
+    assert (found.p_upper > 0.15).all()   # and it holds
+
+
 def test_limits_that_are_no_numbers_certify_nothing() -> None:
     """Found by a reviewer: a row that began with NaN asked for nothing, and all its radii passed without a draw."""
     votes = np.array([[1000, 0]] * 5)
@@ -604,6 +615,7 @@ def test_settings_of_named_radii_are_checked() -> None:
         (lambda: SequentialScales(Cascade((0.5,)), (0.2, 0.1)), ValueError, "strictly increasing"),
         (lambda: SequentialScales(Cascade((0.5,)), (-0.1,)), ValueError, "radii must be finite and >= 0"),
         (lambda: SequentialScales(Cascade((0.5,)), (0.1,), alpha=2.0), ValueError, "alpha must"),
+        (lambda: SequentialScales(Cascade((0.5,)), (0.1,), alpha=0.0), ValueError, "alpha must"),
         (lambda: SequentialScales(Cascade((0.5,)), (0.1,), beta=0.0), ValueError, "beta must"),
     ):
         with pytest.raises(error, match=words):
@@ -611,6 +623,11 @@ def test_settings_of_named_radii_are_checked() -> None:
     tables, rule = some_tables(2, 0), SequentialScales(Cascade((1.0, 0.5, 0.25)), (0.1,))
     with pytest.raises(ValueError, match="n_max must be at least the first look"):
         rule.run(drawn(tables, 0), 9, streamed(tables, 1), 50, 2)
+    with pytest.raises(ValueError, match="estimation votes must be >= 0"):
+        rule.run(drawn(tables, 0), 9, lambda *_: np.full((2, 4), -1), 200, 2)
+    chooser = SequentialScales(Selector((0.25, 0.5), 1.0), (0.1,))
+    with pytest.raises(ValueError, match="the selector needs 2 outputs"):
+        chooser.run(drawn(tables, 0), 9, streamed(tables, 1), 200, 2)
 
 
 # --- what every rule keeps ------------------------------------------------------------------------------------------

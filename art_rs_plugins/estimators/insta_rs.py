@@ -65,8 +65,8 @@ class PyTorchInstaRS(PyTorchSmoothedClassifier):
     Raises
     ------
     ValueError, TypeError
-        As `PyTorchSmoothedClassifier`, for a certificate of another type and noise that is not Gaussian. For radii,
-        tolerance or another rule under a certificate over levels, which is decided by its own draws.
+        As `PyTorchSmoothedClassifier`, for a certificate of another type and noise that is not Gaussian. For a
+        tolerance, or another rule, under a certificate over levels, which takes n draws or named radii.
 
     Notes
     -----
@@ -75,8 +75,8 @@ class PyTorchInstaRS(PyTorchSmoothedClassifier):
     `Conditional` certificate says that of the classifier with sigma frozen at this input, which is not the one that
     answers elsewhere.
 
-    *Cost.* n + n0 passes at each level that is asked about: all of them, those down to the one that accepts, two, or
-    one and a search; ``Certificates.passes`` counts them.
+    *Cost.* n + n0 passes at each level that is asked about, fewer where radii are named: all levels, those down to the
+    one that accepts, two, or one and a search; ``Certificates.passes`` counts them.
 
     *Source.* Chen et al. (2021), "Insta-RS: instance-wise randomized smoothing for improved robustness and accuracy",
     withdrawn; only its abstract was at hand. The certificates are those of `theory.scales` and `theory.elastic`.

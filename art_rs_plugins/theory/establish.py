@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from art_rs_plugins.theory.sequences import GatekeptTable, Progress, schedule
-from art_rs_plugins.theory.votes import Votes, strongest_rival
+from art_rs_plugins.theory.votes import Votes, check_votes, strongest_rival
 
 __all__ = ["Established", "Hypotheses", "SampleAt", "check_radii", "establish"]
 
@@ -119,7 +119,7 @@ def establish(
             asked = [test for test in zip(tests, open_, strict=True) if test[0].about.level == level]
             rows = np.flatnonzero(np.any([mask for _, mask in asked], axis=0)) if asked else np.empty(0, np.int64)
             if len(rows):
-                votes[level][rows] += sample(level, rows, before, look)
+                votes[level][rows] += check_votes(sample(level, rows, before, look), look - before, "estimation")
                 taken[level, rows] = look
                 for test, mask in asked:
                     test.advance(mask, test.about.successes(votes[level], taken[level]))

@@ -438,9 +438,7 @@ class Selector:
     ) -> tuple[Decision, NDArray[np.float64]]:
         """Decide from votes at the chosen level; see `ScaleRule`. Source m gives the selector's votes, (r, m)."""
         everyone, m = np.arange(size), len(self.sigmas)
-        first = check_votes(select(m, everyone, n0), n0, "selection")
-        if first.shape[1] != m:
-            raise ValueError(f"the selector needs {m} outputs, one for each of sigmas; its votes have {first.shape[1]}")
+        first = self._chosen(select, n0, size)
         choice = OneSided(self.alpha).decide(first, estimate(m, everyone, n), n)
         sigma, failure = np.array(self.sigmas)[choice.prediction], np.ones(size)
         guess, count, rival = (np.zeros(size, dtype=np.int64) for _ in range(3))
@@ -454,10 +452,18 @@ class Selector:
         radius = np.minimum(reach, gaussian_radius(failure, failure, sigma))
         return _decide(guess, (count, rival), n, self.alpha, failure, radius, sigma)
 
+    def _chosen(self, select: VotesAt, n0: int, size: int) -> Votes:
+        """Selection votes (b, m) of the selector."""
+        m = len(self.sigmas)
+        first = check_votes(select(m, np.arange(size), n0), n0, "selection")
+        if first.shape[1] != m:
+            raise ValueError(f"the selector needs {m} outputs, one for each of sigmas; its votes have {first.shape[1]}")
+        return first
+
     def plan(self, select: VotesAt, n0: int, size: int, radii: Sequence[float]) -> Plan:
         """What to establish for named radii; see `SequentialScales`."""
-        everyone, m, reach = np.arange(size), len(self.sigmas), np.array(radii)
-        level = check_votes(select(m, everyone, n0), n0, "selection").argmax(axis=1)
+        m, reach = len(self.sigmas), np.array(radii)
+        level = self._chosen(select, n0, size).argmax(axis=1)
         limits = np.broadcast_to(ndtr(-reach / self.selector_sigma), (size, len(radii)))
         guess, hypotheses = np.zeros(size, dtype=np.int64), [Hypotheses(m, level, limits, level >= 0)]
         for i in np.unique(level).tolist():
@@ -519,13 +525,14 @@ class SequentialScales:
 
     rule: Envelope | Cascade | Selector
     radii: Sequence[float]
-    alpha: float = 0.0
+    alpha: float = None   # type: ignore[assignment]   # a number from here on
     beta: float = 0.01
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, Envelope | Cascade | Selector):
             raise TypeError(f"rule must be an Envelope, Cascade or Selector, got {self.rule!r}")
-        object.__setattr__(self, "alpha", check_alpha(self.alpha or self.rule.alpha))
+        given: float | None = self.alpha
+        object.__setattr__(self, "alpha", check_alpha(self.rule.alpha if given is None else given))
         object.__setattr__(self, "rule", replace(self.rule, alpha=self.alpha))
         object.__setattr__(self, "radii", check_radii(self.radii))
         check_alpha(self.beta, "beta")
@@ -560,7 +567,8 @@ class SequentialScales:
             abstained=passed == 0,
             failure=failure,
             p_lower=1.0 - failure,
-            p_upper=np.maximum(failure, ndtr(-ndtri(failure) - 2.0 * radius / sigma)),
+            # of an envelope this is the limit of its rivals at that level; else it is `failure` or more
+            p_upper=np.where(passed > 0, ndtr(-ndtri(failure) - 2.0 * radius / sigma), 1.0),
             count=votes,
             runner_up_count=rival,
             n=taken,
