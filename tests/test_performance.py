@@ -223,6 +223,9 @@ def test_an_input_that_is_not_finite_vouches_for_no_network():
     leaky = smooth(Leaky(), performance=Performance(channels_last=True))
     broken = X[:2].copy()
     broken[0, 0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="other rows of its batch"):   # its other outputs tell
+        leaky.predictions(broken, n=100, seed=0)
+    broken[0] = np.nan
     leaky.predictions(broken, n=100, seed=0)
     for _ in range(2):
         with pytest.raises(ValueError, match="other rows of its batch"):
