@@ -27,7 +27,7 @@ class Performance:
     ----------
     dtype : str
         ``"float32"``, or ``"bfloat16"`` or ``"float16"`` under autocast. Noise is float32 always, and cast last. On
-        CPUs without instructions for it bfloat16 takes ten times as long as float32.
+        CPUs without instructions for it bfloat16 is many times slower than float32.
     channels_last : bool
         Memory layout of images; most CPUs and GPUs convolve faster with it.
     compile : bool
@@ -66,7 +66,7 @@ class Performance:
             raise ValueError("dtype bfloat16 is not supported by this GPU; take float16 or float32")
         if self.dtype == "bfloat16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
             warnings.warn(
-                "bfloat16 is slow on this CPU, which has no instructions for it; float32 may be ten times as fast",
+                "bfloat16 is slow on this CPU, which has no instructions for it; float32 is many times faster",
                 stacklevel=2,
             )
 
