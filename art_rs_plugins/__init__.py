@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from art_rs_plugins.estimators.aces import PyTorchACES
     from art_rs_plugins.estimators.adre import PyTorchADRE
-    from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
+    from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier, share_votes
     from art_rs_plugins.estimators.data_dependent import PyTorchDataDependentSmoothing
     from art_rs_plugins.estimators.insta_rs import PyTorchInstaRS
     from art_rs_plugins.estimators.modes import Commit, Frozen
@@ -96,6 +96,7 @@ _HOMES = {
     "count_votes": "smoothing.sampling",
     "fit_selector": "estimators.selection",
     "predict": "smoothing.certify",
+    "share_votes": "estimators.base",
 }
 
 __all__ = [
@@ -152,6 +153,7 @@ __all__ = [
     "count_votes",
     "fit_selector",
     "predict",
+    "share_votes",
 ]
 
 

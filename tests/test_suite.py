@@ -15,7 +15,7 @@ from art_rs_plugins.benchmark.attacked import attack
 from art_rs_plugins.benchmark.config import AttackConfig, RunConfig, TrainConfig, parse_options
 from art_rs_plugins.benchmark.methods import METHODS, open_estimator
 from art_rs_plugins.benchmark.records import read_record, to_certificates
-from art_rs_plugins.benchmark.runs import certify, certify_rules
+from art_rs_plugins.benchmark.runs import certify, certify_together
 from art_rs_plugins.benchmark.tables import leaderboard
 from art_rs_plugins.benchmark.training import train
 from art_rs_plugins.cli import main
@@ -158,11 +158,11 @@ def test_unknown_names_are_named(tmp_path: Path) -> None:
         RunConfig(rule="both")
     with pytest.raises(ValueError, match="rule and tolerance"):
         RunConfig(rule="one-sided", tolerance=0.1)
-    two = [RunConfig(rule="one-sided"), RunConfig(rule="two-sided", n=5)]
-    with pytest.raises(ValueError, match="may differ in their rule and reduction alone"):
-        certify_rules(two, [tmp_path / "a.tsv", tmp_path / "b.tsv"])
+    two = [RunConfig(rule="one-sided"), RunConfig(rule="two-sided", sigma=0.3, seed=5)]
+    with pytest.raises(ValueError, match="must be of one network and the same inputs to share draws"):
+        certify_together(two, [tmp_path / "a.tsv", tmp_path / "b.tsv"])
     with pytest.raises(ValueError, match="2 different files"):
-        certify_rules(two, [tmp_path / "a.tsv", tmp_path / "a.tsv"])
+        certify_together(two, [tmp_path / "a.tsv", tmp_path / "a.tsv"])
 
 
 def test_suites_of_the_package_can_be_read(monkeypatch, capsys) -> None:

@@ -28,7 +28,7 @@ from art_rs_plugins.smoothing.video import Max, Mean, Vote
 from art_rs_plugins.theory.patches import Pad, PatchGeometry, Placement
 from art_rs_plugins.theory.scales import Cascade, Envelope, Selector
 
-__all__ = ["CERTIFICATES", "METHODS", "REDUCTIONS", "open_estimator", "smooth"]
+__all__ = ["CERTIFICATES", "METHODS", "REDUCTIONS", "open_estimator", "open_network", "smooth"]
 
 CERTIFICATES: dict[str, type[Envelope] | type[Cascade] | type[Selector] | type[MultiStartSearch]] = {
     "envelope": Envelope,
@@ -143,12 +143,23 @@ def smooth(
     )
 
 
+def open_network(config: RunConfig, data: Dataset) -> nn.Module:
+    """Network of a configuration, with its weights; see `open_estimator` for the errors."""
+    network = build(config.model, data.x_test.shape[1:], data.num_classes, seed=config.seed)
+    if config.weights is not None:
+        load_weights(network, Path(config.weights))
+    elif ":" not in config.model:
+        raise ValueError(f"weights are needed for model {config.model!r}; train it first, or give a factory's path")
+    return network
+
+
 def open_estimator(
-    config: RunConfig, block: int | None = None, folder: Path = Path()
+    config: RunConfig, block: int | None = None, folder: Path = Path(), network: nn.Module | None = None
 ) -> tuple[Dataset, PyTorchSmoothedClassifier]:
     """Data set and smoothed classifier of a configuration; `block` rows in a forward pass where it names none.
 
-    A memory, and the weights of a core, are files of `folder`.
+    A memory, and the weights of a core, are files of `folder`. A `network` is that of `open_network`, which several
+    estimators may hold.
 
     Raises
     ------
@@ -157,11 +168,7 @@ def open_estimator(
         network.
     """
     data = load(config.data)
-    network = build(config.model, data.x_test.shape[1:], data.num_classes, seed=config.seed)
-    if config.weights is not None:
-        load_weights(network, Path(config.weights))
-    elif ":" not in config.model:
-        raise ValueError(f"weights are needed for model {config.model!r}; train it first, or give a factory's path")
+    network = open_network(config, data) if network is None else network
     settings = {
         "sample_size": config.n0,
         "alpha": config.alpha,

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from art_rs_plugins.benchmark.config import RunConfig, parse_examples
-from art_rs_plugins.benchmark.data import Dataset
+from art_rs_plugins.benchmark.data import Dataset, load
 from art_rs_plugins.benchmark.files import check_folder, digest, digest_rows
-from art_rs_plugins.benchmark.methods import REDUCTIONS, open_estimator
+from art_rs_plugins.benchmark.methods import REDUCTIONS, open_estimator, open_network
 from art_rs_plugins.benchmark.models import network_outputs, read_training, same_outputs
 from art_rs_plugins.benchmark.records import Record, read_manifest, read_record
 from art_rs_plugins.benchmark.shards import Shard
@@ -27,6 +27,7 @@ from art_rs_plugins.benchmark.workers import (
     Group,
     Survey,
     Task,
+    Together,
     Workers,
     device_name,
     record_groups,
@@ -38,7 +39,7 @@ from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
 from art_rs_plugins.smoothing.digest import network_digest
 from art_rs_plugins.smoothing.sampling import default_block
 
-__all__ = ["certify", "certify_rules", "facts"]
+__all__ = ["certify", "certify_together", "facts", "shared_part"]
 
 
 def certify(
@@ -74,10 +75,10 @@ def certify(
     *Guarantee.* Each row is a certificate of the method's `certificates`. A row that was lost is drawn again with the
     same noise: it is the same experiment, not a second try at alpha.
     """
-    return certify_rules([config], [output], verbose=verbose, workers=workers, shard=shard)[0]
+    return certify_together([config], [output], verbose=verbose, workers=workers, shard=shard)[0]
 
 
-def certify_rules(
+def certify_together(
     configs: Sequence[RunConfig],
     outputs: Sequence[Path],
     *,
@@ -85,13 +86,13 @@ def certify_rules(
     workers: Workers = HERE,
     shard: Shard | None = None,
 ) -> list[Record]:
-    """Certify under several rules, or reductions, that share their draws, each with a record of its own; see `certify`.
+    """Certify under several configurations that share their draws, each with a record of its own; see `certify`.
 
     Parameters
     ----------
     configs : sequence of RunConfig
-        The same but for ``rule``, which each of several must name, and the option ``reduction``: each rule for the
-        first reduction, then for the next.
+        Of one network and the same inputs. Neighbours that differ in ``rule`` and the option ``reduction`` alone are
+        certified by one estimator: each rule, which all of them name, for the first reduction, then for the next.
     outputs : sequence of Path
         One record for each.
     verbose, workers, shard
@@ -100,42 +101,81 @@ def certify_rules(
     Returns
     -------
     list of Record
+        What each alone would record, but for the seconds: a draw is voted on once, whoever asks.
     """
     notes = {} if shard is None else {"shard": shard.note(configs[0].examples)}
     configs = [each if shard is None else replace(each, examples=shard.of(each.examples)) for each in configs]
     config = configs[0]
     if len({output.resolve() for output in outputs}) != len(configs):
         raise ValueError(f"outputs must be {len(configs)} different files, one for each config, got {len(outputs)}")
-    asked = [(each.options.get("reduction", "mean"), each.rule) for each in configs]
-    reductions, rules = (list(dict.fromkeys(names)) for names in zip(*asked, strict=True))
-    if any(replace(each, rule=config.rule, options=_rest(each)) != replace(config, options=_rest(config))
-           for each in configs) or asked != list(product(reductions, rules)):
-        raise ValueError(
-            "configs may differ in their rule and reduction alone, each rule for each reduction in order: what shares "
-            "draws shares all else"
-        )
+    families = _families(configs)
     for output in outputs:
         check_folder(output)
-    known = read_manifest(outputs[0])
-    data, estimator = open_estimator(config, None if known is None else known.get("block"), outputs[0].parent)
+    known, data = read_manifest(outputs[0]), load(config.data)
+    network = open_network(config, data)
+    block = None if known is None else known.get("block")
+    estimator = open_estimator(config, block, outputs[0].parent, network)[1]
     indices = parse_examples(config.examples, len(data.x_test))
     if not len(indices):
         raise ValueError(f"examples {config.examples!r} selects none of the {len(data.x_test)} test examples")
     device = _settle(config, known, estimator, workers, shard)
     with ExitStack() as stack:
         stack.callback(estimator.close)
+        opened = [(replace(config, rule=None), estimator)]
         writers = []
         for each, output in zip(configs, outputs, strict=True):
-            same = each.options == config.options
-            own = estimator if same else open_estimator(each, estimator.performance.block, output.parent)[1]
+            plain = replace(each, rule=None)
+            own = next((own for other, own in opened if other == plain), None)
+            if own is None:
+                own = open_estimator(each, estimator.performance.block, output.parent, network)[1]
+                stack.callback(own.close)
+                opened.append((plain, own))
             found = facts(each, data, indices, own) | {"device": device}
             writers.append(stack.enter_context(_writer(each, output, found, notes, own)))
         finished = set.intersection(*(writer.done for writer in writers))
         left = np.array([index for index in indices if int(index) not in finished], dtype=np.int64)
         parts = (left[first : first + GROUP] for first in range(0, len(left), GROUP))
         groups = (Group(rows, data.x_test[rows], data.y_test[rows]) for rows in parts)
-        record_groups(_task(configs, estimator), groups, writers, total=len(indices), workers=workers, verbose=verbose)
+        leaders = (replace(family[0], rule=None) for family in families)
+        tasks = [
+            _task(family, next(own for other, own in opened if other == leader))
+            for family, leader in zip(families, leaders, strict=True)
+        ]
+        task = tasks[0] if len(tasks) == 1 else Together(tuple(tasks))
+        record_groups(task, groups, writers, total=len(indices), workers=workers, verbose=verbose)
     return [read_record(output) for output in outputs]
+
+
+def shared_part(config: RunConfig) -> RunConfig:
+    """A configuration less what may differ among those that share their draws: who asks the network, and how often."""
+    rest: dict[str, Any] = {"rule": None, "radii": None, "tolerance": None, "method": "smoothing", "options": {}}
+    return replace(config, sigma=1.0, n=1, n0=1, alpha=0.5, **rest)
+
+
+def _families(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """Configurations by the estimator that certifies them; ``ValueError`` if they are not of one network and inputs."""
+    families: list[list[RunConfig]] = []
+    for each in configs:
+        if families and _family(families[-1][0]) == _family(each):
+            families[-1].append(each)
+        else:
+            families.append([each])
+    if any(shared_part(each) != shared_part(configs[0]) for each in configs):
+        raise ValueError(
+            "configs must be of one network and the same inputs to share draws: they may differ in method, options, "
+            "sigma, n, n0, alpha, radii, tolerance and rule alone"
+        )
+    for family in families:
+        asked = [(each.options.get("reduction", "mean"), each.rule) for each in family]
+        reductions, rules = (list(dict.fromkeys(names)) for names in zip(*asked, strict=True))
+        if asked != list(product(reductions, rules)):
+            raise ValueError(f"configs must name each rule for each reduction, in order; got {asked}")
+    return families
+
+
+def _family(config: RunConfig) -> RunConfig:
+    options = {name: value for name, value in config.options.items() if name != "reduction"}
+    return replace(config, rule=None, options=options)
 
 
 def _settle(
@@ -199,10 +239,6 @@ def _task(configs: Sequence[RunConfig], estimator: PyTorchSmoothedClassifier) ->
         raise ValueError("rule must be named in each of several configs")
     asked = {"radii": config.radii, "tolerance": config.tolerance}
     return Task(estimator, settings | {name: value for name, value in asked.items() if value is not None})
-
-
-def _rest(config: RunConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.options.items() if name != "reduction"}
 
 
 def facts(

@@ -22,7 +22,7 @@ from art_rs_plugins.benchmark.models import read_training
 from art_rs_plugins.benchmark.paired import paired
 from art_rs_plugins.benchmark.records import Record
 from art_rs_plugins.benchmark.report import write_leaderboard, write_report
-from art_rs_plugins.benchmark.runs import certify_rules
+from art_rs_plugins.benchmark.runs import certify_together, shared_part
 from art_rs_plugins.benchmark.thresholds import RADII, Tuning, tune
 from art_rs_plugins.benchmark.training import header, train
 from art_rs_plugins.theory.audit import Audit
@@ -225,14 +225,17 @@ def run(suite: Suite, output: Path, *, verbose: bool = False) -> Done:
     records: list[Record] = []
     found: list[Attacked | None] = []
     failed: dict[str, str] = {}
+    made: dict[str, list[Record]] = {}
+    for cells in _voting_together(suite.cells):
+        made |= _certified(cells, output, verbose, failed)
     for cell in suite.cells:
-        try:
-            own = _run_cell(cell, output, verbose)
-            records += own
-            found += [_attacked(cell, record, verbose) for record in own]
-        except (ValueError, TypeError, OSError, ImportError) as error:
-            failed[cell.name] = str(error)
-            found += [None] * (len(records) - len(found))
+        for record in made.get(cell.name, ()):
+            records.append(record)
+            try:
+                found.append(_attacked(cell, record, verbose))
+            except (ValueError, TypeError, OSError, ImportError) as error:
+                failed[cell.name] = str(error)
+                found.append(None)
     if not records:
         raise ValueError("no cell could be run: " + "; ".join(f"{name}: {reason}" for name, reason in failed.items()))
     for record, done in zip(records, found, strict=True):
@@ -270,7 +273,44 @@ def _attacked(cell: Cell, record: Record, verbose: bool) -> Attacked | None:
     return attack(record.path, cell.attacks, verbose=verbose)
 
 
-def _run_cell(cell: Cell, output: Path, verbose: bool) -> list[Record]:
+def _voting_together(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells in groups that share their votes: those that ask one network, with weights that are there already."""
+    groups: list[tuple[RunConfig | None, list[Cell]]] = []
+    for cell in cells:
+        method, mode = cell.run.method, cell.run.options.get("mode", "commit")
+        asks_itself = method in ("smoothing", "insta-rs") or (method == "data-dependent" and mode != "commit")
+        network = shared_part(cell.run) if asks_itself and cell.training is None else None
+        known = next((group for other, group in groups if network is not None and other == network), None)
+        if known is None:
+            groups.append((network, [cell]))
+        else:
+            known.append(cell)
+    return [group for _, group in groups]
+
+
+def _certified(cells: Sequence[Cell], output: Path, verbose: bool, failed: dict[str, str]) -> dict[str, list[Record]]:
+    """Records of cells that share their votes, by name; where one fails, the others are certified without it."""
+    try:
+        prepared = [_prepared(cell, output, verbose) for cell in cells]
+        configs = [config for each in prepared for config in each.values()]
+        outputs = [output / f"{name}.tsv" for each in prepared for name in each]
+        records = iter(certify_together(configs, outputs, verbose=verbose))
+        made = {cell.name: [next(records) for _ in each] for cell, each in zip(cells, prepared, strict=True)}
+        for cell, each in zip(cells, prepared, strict=True):
+            config, study = next(iter(each.values())), output / f"{cell.name}.attacker-first.md"
+            remembers = config.method == "data-dependent" and config.options.get("mode", "commit") == "commit"
+            if remembers and not study.exists():
+                write_study(replace(config, rule=cell.run.rule), study)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if len(cells) == 1:
+            failed[cells[0].name] = str(error)
+            return {}
+        return {name: each for cell in cells for name, each in _certified([cell], output, verbose, failed).items()}
+    return made
+
+
+def _prepared(cell: Cell, output: Path, verbose: bool) -> dict[str, RunConfig]:
+    """Configurations of a cell by the names of their records, once what they need is trained or chosen."""
     config = cell.run
     if cell.training is not None:
         weights = output / f"{cell.name}.safetensors"
@@ -288,12 +328,6 @@ def _run_cell(cell: Cell, output: Path, verbose: bool) -> list[Record]:
         f"{cell.name}.{name}": replace(config, options={**config.options, "reduction": name})
         for name in cell.reductions
     } or {cell.name: config}
-    named = {
+    return {
         f"{name}.{rule}": replace(each, rule=rule) for name, each in reduced.items() for rule in cell.rules
     } or reduced
-    configs, outputs = list(named.values()), [output / f"{name}.tsv" for name in named]
-    records = certify_rules(configs, outputs, verbose=verbose)
-    study = output / f"{cell.name}.attacker-first.md"
-    if config.method == "data-dependent" and config.options.get("mode", "commit") == "commit" and not study.exists():
-        write_study(config, study)
-    return records

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from art_rs_plugins.benchmark.writer import RecordWriter
-from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier
+from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier, share_votes
 from art_rs_plugins.estimators.data_dependent import PyTorchDataDependentSmoothing
 from art_rs_plugins.estimators.modes import Commit
 from art_rs_plugins.smoothing.performance import measure_block
@@ -28,6 +28,7 @@ __all__ = [
     "Group",
     "Survey",
     "Task",
+    "Together",
     "Workers",
     "device_name",
     "record_groups",
@@ -99,6 +100,20 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Together:
+    """Several tasks about each group, which share their votes; see `share_votes`."""
+
+    tasks: tuple[Task, ...]
+
+    def __call__(self, group: Group) -> Done:
+        """Do all of them."""
+        with share_votes(*(task.estimator for task in self.tasks)):
+            parts = [task(group) for task in self.tasks]
+        certificates = [each for part in parts for each in part.certificates]
+        return replace(parts[0], certificates=certificates, seconds=sum(part.seconds for part in parts))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Survey:
     """Where a run votes: name of the device, and rows of a forward pass, measured where they are not known."""
 
@@ -135,7 +150,7 @@ def device_name(estimator: PyTorchSmoothedClassifier) -> str:
 
 
 def record_groups(
-    task: Task,
+    task: Task | Together,
     groups: Iterable[Group],
     writers: Sequence[RecordWriter],
     *,
@@ -147,7 +162,7 @@ def record_groups(
 
     Parameters
     ----------
-    task : Task
+    task : Task or Together
         What to do with each group.
     groups : iterable of Group
         Taken as workers come free.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
@@ -29,14 +30,14 @@ from art_rs_plugins.smoothing.certify import Predictions, certify_all, predict
 from art_rs_plugins.smoothing.grid import GridGaussian
 from art_rs_plugins.smoothing.modules import BaseClassifier, SmoothedModule, looks_like_probabilities
 from art_rs_plugins.smoothing.noise import Gaussian, Key, Stage, check_seed, standard_normal
-from art_rs_plugins.smoothing.performance import Performance, Voter
+from art_rs_plugins.smoothing.performance import Performance, Voters
 from art_rs_plugins.smoothing.sampling import check_count, check_indices, evaluating
 from art_rs_plugins.smoothing.training import Adversary, Epoch, Loss
 from art_rs_plugins.theory.bounds import check_alpha
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.rules import OneSided, Planned, Rule, Sequential
 
-__all__ = ["PyTorchSmoothedClassifier"]
+__all__ = ["PyTorchSmoothedClassifier", "share_votes"]
 
 Array = NDArray[Any]
 
@@ -195,7 +196,7 @@ class PyTorchSmoothedClassifier(Trainable, PyTorchRandomizedSmoothing):
         self.preprocessing_defences = self._set_preprocessing_defences(preprocessing_defences)
         self.postprocessing_defences = self._set_postprocessing_defences(postprocessing_defences)
         self.history_: list[Epoch] = []
-        self._ready: dict[int, tuple[Any, tuple[Tensor, ...], Voter]] = {}
+        self._voters = Voters()
         self._update_preprocessing_operations()
         if isinstance(model, SmoothedModule) and model.f.transform is not None and self.model.f.transform is None:
             raise ValueError(
@@ -395,18 +396,7 @@ class PyTorchSmoothedClassifier(Trainable, PyTorchRandomizedSmoothing):
 
     def _voter(self, f: BaseClassifier | None = None) -> nn.Module:
         """A classifier as it votes, made anew when its weights or transform, or `performance`, have changed."""
-        f = self.model.f if f is None else f
-        if self.performance in (Performance(), Performance(block=self.performance.block)):
-            return f
-        # modules compare by identity, and being kept they cannot lend it to others
-        parts, state = list(f.modules())[1:], (*f.parameters(), *f.buffers())
-        hooks = [tuple(hooked) for part in parts for hooked in (part._forward_hooks, part._forward_pre_hooks)]
-        key = (self.performance, len(state), *parts, *hooks)
-        ready = self._ready.get(id(f))
-        # values, not version counters: those miss whoever writes to parameter.data
-        if ready is None or ready[0] != key or not all(map(torch.equal, ready[1], state)):
-            ready = self._ready[id(f)] = (key, tuple(t.detach().clone() for t in state), Voter(f, self.performance))
-        return ready[2]
+        return self._voters.of(self.model.f if f is None else f, self.performance)
 
     def certificates(
         self,
@@ -705,7 +695,7 @@ class PyTorchSmoothedClassifier(Trainable, PyTorchRandomizedSmoothing):
 
     def __getstate__(self) -> dict[str, Any]:
         # ART writes files into its data folder on every pickle and deepcopy; this one is whole in itself
-        left = ("_model_wrapper", "_device", "_ready")
+        left = ("_model_wrapper", "_device", "_voters")
         state = {name: value for name, value in self.__dict__.items() if name not in left}
         state["_model"] = self.model
         return state
@@ -714,5 +704,55 @@ class PyTorchSmoothedClassifier(Trainable, PyTorchRandomizedSmoothing):
         module = state.pop("_model")
         self.__dict__.update(state)
         self._model = self._make_model_wrapper(module)
-        self._ready = {}
+        self._voters = Voters()
         self._check_params()
+
+
+@contextmanager
+def share_votes(*estimators: PyTorchSmoothedClassifier) -> Iterator[None]:
+    """Let estimators of one network share their votes: a draw that several of them ask about is one forward pass.
+
+    Parameters
+    ----------
+    *estimators : PyTorchSmoothedClassifier
+        Around one and the same network object, with the same preprocessing and `performance`, such as plain smoothing
+        and `PyTorchInstaRS` at some of its noise levels. Those that have nothing in common share nothing.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For no estimators, and for what is none of ours.
+
+    Notes
+    -----
+    Votes are shared where seed, index, input and sigma agree, and kept until the block ends; each certificate has the
+    same bits as without it, and ``passes`` counts what it would have taken alone.
+
+    *Guarantee.* That of each certificate on its own. They err together rather than independently, and for the best of
+    several at one input the failure probabilities add, as always.
+
+    Examples
+    --------
+    >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> settings = (network, nn.CrossEntropyLoss(), (1, 2, 2), 2)
+    >>> narrow, wide = (PyTorchSmoothedClassifier(*settings, scale=0.5, alpha=alpha) for alpha in (0.001, 0.1))
+    >>> x = np.full((1, 1, 2, 2), 0.5)
+    >>> with share_votes(narrow, wide):
+    ...     counts = [each.certificates(x, n=1000, seed=0).count[0] for each in (narrow, wide)]
+    >>> bool(counts[0] == counts[1])
+    True
+    """
+    for estimator in estimators:
+        if not isinstance(estimator, PyTorchSmoothedClassifier):
+            raise TypeError(f"estimators must be PyTorchSmoothedClassifier, got {type(estimator).__name__}")
+    if not estimators:
+        raise ValueError("estimators must hold at least one")
+    common, own = estimators[0]._voters, [estimator._voters for estimator in estimators]
+    try:
+        for estimator in estimators:
+            estimator._voters = common
+        with common.keeping_votes():
+            yield
+    finally:
+        for estimator, voters in zip(estimators, own, strict=True):
+            estimator._voters = voters

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,7 @@ from torch import Tensor
 
 from art_rs_plugins.smoothing.noise import Noise, Stage, check_seed
 from art_rs_plugins.smoothing.sampling import (
-    CHUNK,
     Classifier,
-    Sampler,
     check_count,
     check_indices,
     chunk_size,
@@ -24,8 +21,6 @@ from art_rs_plugins.smoothing.sampling import (
 )
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.rules import OneSided, Rule, TopTwo
-from art_rs_plugins.theory.sequences import schedule
-from art_rs_plugins.theory.votes import Votes
 
 __all__ = ["Predictions", "certify", "certify_all", "predict"]
 
@@ -164,8 +159,8 @@ def certify_all(
     settings: dict[str, Any] = {"num_classes": num_classes, "seed": seed, "indices": keys, "block": block}
     sampler = make_sampler(f, x, noise, n, stage=Stage.ESTIMATION, **settings)
     selector = replace(sampler, stage=Stage.SELECTION, chunk=min(chunk_size(sampler.block), n0))
-    selection = selector.count(np.arange(len(keys)), 0, n0).cpu().numpy()
-    sample = _Shared(sampler, n) if len(rules) > 1 else sampler.votes
+    selection = selector.shared(n0)(np.arange(len(keys)), 0, n0)
+    sample = sampler.shared(n, between_rules=len(rules) > 1)
     size, sigma = len(keys), noise.for_inputs(len(keys))
     found = []
     for rule in rules:
@@ -193,26 +188,6 @@ def certify_all(
             )
         )
     return found
-
-
-class _Shared:
-    """Estimation votes that are drawn once, however many rules ask for them: in the steps of the schedule of looks."""
-
-    def __init__(self, sampler: Sampler, n: int) -> None:
-        self.sampler = sampler
-        self.looks = np.array(schedule(n) if n > CHUNK else (n,))
-        self.known: dict[tuple[int, int, int], Votes] = {}   # (row, start, stop) to votes
-
-    def __call__(self, rows: NDArray[np.int64], start: int, stop: int) -> Votes:
-        cuts = [start, *self.looks[(self.looks > start) & (self.looks < stop)].tolist(), stop]
-        total = np.zeros((len(rows), self.sampler.num_classes), dtype=np.int64)
-        for begin, end in pairwise(cuts):
-            missing = [row for row in rows.tolist() if (row, begin, end) not in self.known]
-            if missing:
-                drawn = self.sampler.votes(np.array(missing), begin, end)
-                self.known |= {(row, begin, end): votes for row, votes in zip(missing, drawn, strict=True)}
-            total += np.stack([self.known[row, begin, end] for row in rows.tolist()])
-        return total
 
 
 def predict(

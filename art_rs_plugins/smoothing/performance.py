@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from art_rs_plugins.smoothing.modules import BaseClassifier, PatchReduce
 from art_rs_plugins.smoothing.sampling import CHUNK, FrozenClassifier, check_count, chunk_size, default_block
 
-__all__ = ["Performance", "Voter", "measure_block"]
+__all__ = ["Performance", "Voter", "Voters", "measure_block"]
 
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -125,6 +127,54 @@ def _compiled(f: BaseClassifier) -> BaseClassifier:
     inner = f.network.f if isinstance(f.network, PatchReduce) else f
     inner.compile(dynamic=False)
     return f
+
+
+VOTERS = 4
+"""Networks ready to vote that are kept, at most."""
+
+
+class Voters:
+    """Base classifiers as they vote: each made ready once, and anew when its weights, hooks or parts have changed."""
+
+    def __init__(self) -> None:
+        self._ready: dict[Hashable, tuple[tuple[Tensor, ...], Voter]] = {}
+        self._keeping = False
+
+    def of(self, f: BaseClassifier, performance: Performance) -> nn.Module:
+        """What votes for f: f itself where there is nothing to make ready, and nothing kept for others who ask."""
+        if performance in (Performance(), Performance(block=performance.block)) and not self._keeping:
+            return f
+        # modules compare by identity, and being kept they cannot lend it to others
+        parts, state = list(f.modules())[1:], (*f.parameters(), *f.buffers())
+        hooks = [tuple(hooked) for part in parts for hooked in (part._forward_hooks, part._forward_pre_hooks)]
+        key = (type(f), performance, len(state), *parts, *hooks)
+        ready = self._ready.get(key)
+        # values, not version counters: those miss whoever writes to parameter.data
+        if ready is None or not all(map(_same, ready[0], state)):
+            self._ready.pop(key, None)   # the newest come last
+            ready = self._ready[key] = tuple(t.detach().clone() for t in state), Voter(f, performance)
+            for old in list(self._ready)[:-VOTERS]:
+                del self._ready[old]
+        voter = ready[1]
+        if self._keeping and voter.kept is None:
+            voter.kept = {}
+        return voter
+
+    @contextmanager
+    def keeping_votes(self) -> Iterator[None]:
+        """While it lasts, whoever asks a voter about draws that it has voted on is given those votes."""
+        before, self._keeping = self._keeping, True
+        try:
+            yield
+        finally:
+            self._keeping = before
+            if not before:
+                for _, voter in self._ready.values():
+                    voter.kept = None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def measure_block(f: nn.Module, shape: tuple[int, ...], device: torch.device) -> int:

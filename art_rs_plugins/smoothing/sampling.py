@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,13 @@ from art_rs_plugins.smoothing.noise import (
     recordable,
     standard_normal,
 )
+from art_rs_plugins.theory.sequences import schedule
+from art_rs_plugins.theory.votes import Votes
 
 __all__ = [
     "CHUNK",
     "FrozenClassifier",
+    "KeptVotes",
     "Sampler",
     "check_count",
     "check_indices",
@@ -103,12 +108,15 @@ class FrozenClassifier(nn.Module):
         Kinds of input that it was probed with. Probes of a compiled network cost three whole passes.
     graphs : dict or None
         Recorded batches; None where its device records none.
+    kept : dict or None
+        Votes for `KeptVotes`, while whoever asks again is to be given them; None keeps none.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.passed: set[object] = set()
         self.graphs: dict[object, BatchGraph | None] | None = None
+        self.kept: dict[Hashable, Votes] | None = None
 
 
 def check_network(f: Classifier, x: Tensor, num_classes: int) -> None:
@@ -302,9 +310,60 @@ class Sampler:
         graph = graphs[case]
         return step(picked, keys, limit) if graph is None else graph(picked, keys, limit)
 
-    def votes(self, rows: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
+    def votes(self, rows: NDArray[np.int64], start: int, stop: int) -> Votes:
         """Votes as `count` gives them, on the host: what a rule asks for."""
         return np.asarray(self.count(rows, start, stop).cpu().numpy(), dtype=np.int64)
+
+    def shared(self, n: int, *, between_rules: bool = False) -> Callable[[NDArray[np.int64], int, int], Votes]:
+        """`votes` for rules that take n draws at most: kept if several rules ask, or if f keeps those of all who do."""
+        kept = self.f.kept if isinstance(self.f, FrozenClassifier) else None
+        if kept is None and not between_rules:
+            return self.votes
+        return KeptVotes(self, n, {} if kept is None else kept)
+
+
+class KeptVotes:
+    """Votes that are drawn once, however many rules ask for them: in the steps of the schedule of looks.
+
+    Parameters
+    ----------
+    sampler : Sampler
+        What draws them.
+    n : int
+        Draws at most, which say when rules look.
+    known : dict
+        Votes of the same base classifier, by all else that they depend on; new ones are put there.
+    """
+
+    def __init__(self, sampler: Sampler, n: int, known: dict[Hashable, Votes]) -> None:
+        self.sampler, self.known = sampler, known
+        self.looks = np.array(schedule(n) if n > CHUNK else (n,))
+        family = type(sampler.noise), sampler.stage, sampler.seed, sampler.num_classes, sampler.chunk, sampler.block
+        levels, layout = sampler.noise.for_inputs(len(sampler.x)), is_channels_last(sampler.x)
+        inputs = sampler.x.detach().cpu()
+        self.names = [
+            (*family, int(index), float(sigma), layout, x.dtype, x.shape, hashlib.sha256(_bytes(x)).digest())
+            for index, sigma, x in zip(sampler.indices, levels, inputs, strict=True)
+        ]
+
+    def __call__(self, rows: NDArray[np.int64], start: int, stop: int) -> Votes:
+        """Votes (r, k) among the draws start, ..., stop - 1 of the inputs at some positions (r,)."""
+        cuts = [start, *self.looks[(self.looks > start) & (self.looks < stop)].tolist(), stop]
+        total = np.zeros((len(rows), self.sampler.num_classes), dtype=np.int64)
+        for begin, end in pairwise(cuts):
+            names = [(self.names[row], begin, end) for row in rows.tolist()]
+            missing = np.array([name not in self.known for name in names], dtype=bool)
+            if missing.any():
+                drawn = self.sampler.votes(rows[missing], begin, end)
+                fresh = (name for name in names if name not in self.known)
+                self.known |= dict(zip(fresh, drawn, strict=True))
+            total += np.array([self.known[name] for name in names], dtype=np.int64).reshape(total.shape)
+        return total
+
+
+def _bytes(x: Tensor) -> bytes:
+    """Every bit of a tensor, on the host, whatever its dtype and layout."""
+    return x.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def make_sampler(

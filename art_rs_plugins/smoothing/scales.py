@@ -84,11 +84,12 @@ Scales = Envelope | Cascade | Selector | SigmaFunction | Conditional
 
 
 class _Poll:
-    """Votes of b inputs at the levels of a rule, drawn when it asks; counted, and kept."""
+    """Votes of b inputs at the levels of a rule, at most n at each, drawn when it asks; counted, and kept."""
 
-    def __init__(self, samplers: Sequence[Sampler]) -> None:
+    def __init__(self, samplers: Sequence[Sampler], n: int) -> None:
         size = len(samplers[0].x)
         self.samplers = samplers
+        self.sources = [sampler.shared(n) for sampler in samplers]
         self.passes = np.zeros(size, dtype=np.int64)
         self.votes = [np.zeros((size, sampler.num_classes), dtype=np.int64) for sampler in samplers]
 
@@ -97,7 +98,7 @@ class _Poll:
 
     def between(self, level: int, rows: NDArray[np.int64], start: int, stop: int) -> Votes:
         """Votes among the draws start, ..., stop - 1."""
-        found = self.samplers[level].votes(rows, start, stop)
+        found = self.sources[level](rows, start, stop)
         self.passes[rows] += stop - start
         self.votes[level][rows] += found
         return found
@@ -116,7 +117,7 @@ def _poll(f: Networks, x: Tensor, rule: ScaleRule, n: int, *, num_classes: int, 
         if (id(network), outputs) not in known:
             known[id(network), outputs] = make_sampler(network, x, Gaussian(sigma), n, num_classes=outputs, **settings)
         samplers.append(replace(known[id(network), outputs], noise=Gaussian(sigma)))
-    return _Poll(samplers)
+    return _Poll(samplers, n)
 
 
 def certify_scales(

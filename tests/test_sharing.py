@@ -1,0 +1,281 @@
+"""Estimators of one network share their votes, and nothing else: the same bits, in fewer forward passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from support import TEST, X, digits_network, smooth
+from torch import nn
+
+from art_rs_plugins import (
+    Cascade,
+    Certificates,
+    Conditional,
+    Envelope,
+    GridGaussian,
+    Performance,
+    PyTorchInstaRS,
+    PyTorchSmoothedClassifier,
+    Selector,
+    share_votes,
+)
+from art_rs_plugins.benchmark import suite as suites
+from art_rs_plugins.benchmark.config import RunConfig
+from art_rs_plugins.benchmark.records import read_record
+from art_rs_plugins.benchmark.runs import certify, certify_together
+from art_rs_plugins.smoothing.sigma import MultiStartSearch
+
+INPUTS, INDICES = np.round(X[TEST][:6] * 255) / np.float32(255), np.arange(10, 16)
+BLOCK = Performance(block=100)   # one chunk of draws in a pass, so that none is padded
+
+
+class Counting(nn.Module):
+    """A network that counts the rows that it, or any copy of it, is asked about."""
+
+    rows: ClassVar[list[int]] = []
+
+    def __init__(self, seed: int = 0, outputs: int = 10) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.inner = digits_network(seed) if outputs == 10 else nn.Sequential(nn.Flatten(), nn.Linear(64, outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows.append(len(x))
+        return self.inner(x)
+
+
+def insta(network: nn.Module, certificate: Any, **settings: Any) -> PyTorchInstaRS:
+    settings = {"scale": 0.25, "device_type": "cpu", "sample_size": 100, **settings}
+    return PyTorchInstaRS(network, nn.CrossEntropyLoss(), (1, 8, 8), 10, certificate=certificate, **settings)
+
+
+def asked(
+    estimators: list[PyTorchSmoothedClassifier], together: bool, **settings: Any
+) -> tuple[list[Certificates], int]:
+    """Certificates, and the rows of the forward passes behind them less those of probes."""
+    settings = {"n": 500, "n0": 100, "seed": 3, "indices": INDICES, **settings}
+    Counting.rows.clear()
+    if together:
+        with share_votes(*estimators):
+            found = [each.certificates(INPUTS, **settings) for each in estimators]
+    else:
+        found = [each.certificates(INPUTS, **settings) for each in estimators]
+    return found, sum(rows for rows in Counting.rows if rows > 4)
+
+
+def same(a: Certificates, b: Certificates) -> bool:
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in (
+        "prediction", "radius", "abstained", "p_lower", "p_upper", "count", "runner_up_count", "n", "n0", "sigma",
+        "alpha", "index", "seed", "passes",
+    ))   # fmt: skip
+
+
+def family(network: nn.Module, **settings: Any) -> list[PyTorchSmoothedClassifier]:
+    chooser = insta(network, Selector((0.25, 0.5), 0.25), **settings)
+    chooser.selector = Counting(1, outputs=2).eval()
+    return [
+        insta(network, Envelope((0.25, 0.5)), **settings),
+        insta(network, Cascade((0.5, 0.25), 0.6), **settings),
+        chooser,
+        insta(network, Conditional(MultiStartSearch(draws=20, evaluations=3)), **settings),
+        smooth(network, scale=0.25, **settings),
+        smooth(network, scale=0.5, alpha=0.01, **settings),
+    ]
+
+
+@pytest.mark.parametrize("radii", [None, (0.0, 0.1, 0.25)])
+@pytest.mark.parametrize("performance", [Performance(block=100), Performance(channels_last=True, block=100)])
+def test_the_same_bits_in_fewer_passes(radii, performance):
+    estimators = family(Counting().eval(), performance=performance)
+    alone, many = asked(estimators, False, radii=radii)
+    shared, few = asked(estimators, True, radii=radii)
+    assert all(map(same, alone, shared))
+    envelope, cascade, selector, conditional, plain, wide = (int(found.passes.sum()) for found in alone)
+    assert many >= envelope + cascade + selector + conditional + plain + wide
+    # what the envelope has not asked is asked once: levels of the selector itself, the search, and longer runs
+    own = sum(int(found.passes.sum()) for found in alone[2:4])
+    assert few <= envelope + own + (0 if radii is None else cascade + plain + wide) // 2
+    if radii is None:
+        assert few < many - cascade - plain - wide + 100   # the envelope has all their votes at n draws
+
+
+def test_after_the_block_nothing_is_kept():
+    network = Counting().eval()
+    first, second = smooth(network, performance=BLOCK), insta(network, Envelope((0.25, 0.5)), performance=BLOCK)
+    _, few = asked([first, second], True)
+    _, again = asked([first, second], True)
+    assert few == again > 0
+    _, many = asked([first, second], False)
+    assert many == few + 6 * 600   # sigma .25 is asked twice
+
+
+def voters(first: PyTorchSmoothedClassifier, second: PyTorchSmoothedClassifier) -> int:
+    """Rows that sharing saves two estimators; their certificates have to stay their own."""
+    alone, many = asked([first, second], False)
+    shared, few = asked([first, second], True)
+    assert all(map(same, alone, shared))
+    return many - few
+
+
+def test_only_what_agrees_is_shared():
+    network = Counting().eval()
+    plain = smooth(network, performance=BLOCK)
+    assert voters(plain, smooth(network, performance=BLOCK)) == 6 * 600
+    others = [
+        smooth(network, performance=BLOCK, scale=0.3),
+        smooth(Counting(1).eval(), performance=BLOCK),
+        smooth(Counting().eval(), performance=BLOCK),   # equal weights in another object: to be safe, not compared
+        smooth(network, performance=Performance(channels_last=True, block=100)),
+        smooth(network, performance=Performance(block=50)),
+        smooth(network, performance=BLOCK, preprocessing=(0.5, 2.0)),
+        smooth(network, performance=BLOCK, noise=GridGaussian, clip_values=(0.0, 1.0)),
+    ]
+    for other in others:
+        assert voters(plain, other) == 0
+
+
+def test_another_seed_index_or_input_has_votes_of_its_own():
+    network = Counting().eval()
+    first, second = smooth(network, performance=BLOCK), smooth(network, performance=BLOCK)
+    settings: dict[str, Any] = {"n": 500, "n0": 100, "seed": 3, "indices": INDICES}
+    for changes, x in (({"seed": 4}, INPUTS), ({"indices": INDICES + 100}, INPUTS), ({}, X[TEST][50:56])):
+        expected = second.certificates(x, **{**settings, **changes})
+        with share_votes(first, second):
+            first.certificates(INPUTS, **settings)
+            assert same(second.certificates(x, **{**settings, **changes}), expected)
+    nudged = INPUTS.copy()
+    nudged[0, 0, 0, 0] = np.nextafter(nudged[0, 0, 0, 0], np.float32(2.0))
+    Counting.rows.clear()
+    with share_votes(first, second):
+        first.certificates(INPUTS, **settings), second.certificates(nudged, **settings)
+    assert sum(rows for rows in Counting.rows if rows > 4) == 6 * 600 + 600
+
+
+def test_new_weights_are_asked_again_within_the_block():
+    network = Counting().eval()
+    first, second = smooth(network), smooth(network)
+    settings: dict[str, Any] = {"n": 500, "n0": 100, "seed": 3, "indices": INDICES}
+    with share_votes(first, second):
+        before = first.certificates(INPUTS, **settings)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.data.mul_(-1.0)   # behind the back of autograd's counters
+        after = second.certificates(INPUTS, **settings)
+    assert same(after, smooth(network).certificates(INPUTS, **settings))
+    assert not np.array_equal(before.prediction, after.prediction)
+
+
+def test_blocks_may_be_nested_and_end_with_an_error():
+    network = Counting().eval()
+    first, second = smooth(network), smooth(network)
+    own, settings = second._voters, {"n": 500, "n0": 100, "seed": 3}
+
+    def interrupted() -> None:
+        with share_votes(first, second):
+            with share_votes(first):
+                first.certificates(INPUTS, **settings)
+            Counting.rows.clear()
+            second.certificates(INPUTS, **settings)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
+    assert sum(Counting.rows) <= 12   # nothing but a probe
+    assert second._voters is own
+    assert first._voters.of(first.model.f, first.performance) is first.model.f
+    with pytest.raises(ValueError, match="at least one"), share_votes():
+        pass
+    with pytest.raises(TypeError, match="must be PyTorchSmoothedClassifier, got Counting"), share_votes(network):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------- runs and suites
+
+CONFIG = RunConfig(model="support:digits_network", device="cpu", n=300, n0=20, examples=":40", block=100)
+LEVELS = {"sigmas": [0.25, 0.5]}
+CONFIGS = [
+    replace(CONFIG, rule="one-sided"),
+    replace(CONFIG, rule="two-sided"),
+    replace(CONFIG, method="insta-rs", options={"certificate": "envelope", **LEVELS}),
+    replace(CONFIG, sigma=0.5, radii=(0.0, 0.1), alpha=0.01),
+]
+
+
+def rows(path: Path) -> list[list[str]]:
+    """Cells of a record but for the seconds."""
+    return [cells[:5] + cells[6:] for cells in (line.split("\t") for line in path.read_text().split("\n"))]
+
+
+def test_runs_that_share_votes_record_what_each_alone_would(tmp_path: Path) -> None:
+    alone = [certify(config, tmp_path / f"alone{i}.tsv") for i, config in enumerate(CONFIGS)]
+    outputs = [tmp_path / f"{i}.tsv" for i in range(len(CONFIGS))]
+    certify_together(CONFIGS, outputs)
+    assert [rows(path) for path in outputs] == [rows(record.path) for record in alone]
+    manifests = [[read_record(path).manifest for path in paths] for paths in (outputs, [each.path for each in alone])]
+    for together, apart in zip(*manifests, strict=True):
+        assert {**together, "command": 0, "created": 0} == {**apart, "command": 0, "created": 0}
+    for path, keep in zip(outputs, (41, 30, 3, 17), strict=True):   # one whole, the others stopped on the way
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:keep]))
+    certify_together(CONFIGS, outputs)
+    assert [rows(path) for path in outputs] == [rows(record.path) for record in alone]
+
+
+def test_runs_of_other_networks_or_inputs_share_nothing(tmp_path: Path) -> None:
+    outputs = [tmp_path / "a.tsv", tmp_path / "b.tsv"]
+    for change in ({"seed": 1}, {"examples": ":30"}, {"noise": "grid"}, {"channels_last": True}, {"data": "mnist"}):
+        with pytest.raises(ValueError, match="must be of one network and the same inputs to share draws"):
+            certify_together([CONFIG, replace(CONFIG, **change)], outputs)
+    assert not list(tmp_path.iterdir())
+
+
+SUITE = """
+[run]
+data = "digits"
+model = "support:digits_network"
+device = "cpu"
+n = 300
+n0 = 20
+block = 100
+examples = ":40"
+[[cell]]
+name = "fixed"
+[[cell]]
+name = "other"
+run = { channels_last = true }
+[[cell]]
+name = "envelope"
+run = { method = "insta-rs", options = { certificate = "envelope", sigmas = [0.25, 0.5] } }
+[[cell]]
+name = "broken"
+run = { method = "insta-rs", options = { certificate = "envelope" } }
+[[cell]]
+name = "wide"
+run = { sigma = 0.5, n = 200 }
+"""
+
+
+def test_cells_of_one_network_share_votes_and_fail_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "suite.toml").write_text(SUITE)
+    read, groups = suites.read(str(tmp_path / "suite.toml")), []
+
+    def watched(configs: Any, outputs: list[Path], **settings: Any) -> Any:
+        groups.append([output.stem for output in outputs])
+        return certify_together(configs, outputs, **settings)
+
+    monkeypatch.setattr(suites, "certify_together", watched)
+    done = suites.run(read, tmp_path / "out")
+    assert [record.name for record in done.records] == ["fixed", "other", "envelope", "wide"]
+    assert "needs the option sigmas" in done.failed["broken"]
+    assert list(done.failed) == ["broken"]
+    whole = ["fixed", "envelope", "broken", "wide"]
+    assert groups == [whole, *([name] for name in whole), ["other"]]
+    groups.clear()
+    again = suites.run(replace(read, cells=tuple(cell for cell in read.cells if cell.name != "broken")), tmp_path / "b")
+    assert groups == [["fixed", "envelope", "wide"], ["other"]]
+    assert [rows(each.path) for each in again.records] == [rows(each.path) for each in done.records]
