@@ -3,6 +3,7 @@
     python -m pytest tests/benchmarks/test_methods.py --benchmark-enable -s
 
 The networks come from the folder named by ART_RS_SHARED_DATA; without it ResNet-20 is random, and the other tests skip.
+ART_RS_BENCHMARK_COMPILE=1 compiles it, of patches as well as of the bare passes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from art.estimators.classification import PyTorchClassifier
 from sklearn.datasets import load_sample_image
 from tabulate import tabulate
-from test_goals import DEVICE, SHARED, all_threads, interleaved, network  # noqa: F401 - fixtures
+from test_goals import COMPILE, DEVICE, SHARED, all_threads, interleaved, network  # noqa: F401 - fixtures
 from torch import nn
 
 from art_rs_plugins import (
@@ -72,7 +73,8 @@ def bare(f: nn.Module, batch: torch.Tensor, times: int) -> Callable[[], object]:
 
 def test_cost_of_a_draw_with_patches(benchmark, network: nn.Module) -> None:   # noqa: F811
     x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    quick, rows, draws = Performance(channels_last=True), 100, 2000   # so that the probes before them weigh little
+    rows, draws = 100, 2000   # so that the probes before them weigh little
+    quick = Performance(channels_last=True, compile=COMPILE, block=rows)
     alone = Voter(BaseClassifier(network), quick)
     batch = x.expand(rows, 3, 32, 32).contiguous()
     acts: dict[str, Callable[[], object]] = {"bare": bare(alone, batch, draws // rows)}
