@@ -444,7 +444,7 @@ def named(rule: ScaleRule, tables: list[np.ndarray], *, rivals: bool = True, cho
     """Largest of RADII up to which no hypothesis is true, by exact probabilities; -1 if there is none."""
     plan = rule.plan(expected(tables), MANY, len(tables[0]), RADII)
     free = np.ones((len(tables[0]), len(RADII)), dtype=bool)
-    for each in plan.hypotheses:
+    for each in [*plan.own, *plan.others]:
         others = tables[each.level].copy()
         own = np.take_along_axis(others, each.target[:, None], axis=1)
         np.put_along_axis(others, each.target[:, None], -1.0, axis=1)

@@ -22,12 +22,14 @@ from art_rs_plugins import (
     PyTorchInstaRS,
     PyTorchSmoothedClassifier,
     Selector,
+    SequentialScales,
     share_votes,
 )
 from art_rs_plugins.benchmark import suite as suites
-from art_rs_plugins.benchmark.config import RunConfig
+from art_rs_plugins.benchmark.config import RULES, RunConfig
 from art_rs_plugins.benchmark.records import read_record
 from art_rs_plugins.benchmark.runs import certify, certify_together
+from art_rs_plugins.smoothing.scales import predict_scales
 from art_rs_plugins.smoothing.sigma import MultiStartSearch
 
 INPUTS, INDICES = np.round(X[TEST][:6] * 255) / np.float32(255), np.arange(10, 16)
@@ -194,6 +196,14 @@ def test_blocks_may_be_nested_and_end_with_an_error():
     with pytest.raises(TypeError, match="must be PyTorchSmoothedClassifier, got Counting"), share_votes(network):
         pass
 
+def test_an_answer_needs_no_radii() -> None:
+    network, x, rule = digits_network().eval(), torch.from_numpy(INPUTS), Envelope((0.25, 0.5))
+    settings: dict[str, Any] = {"num_classes": 10, "n": 200, "seed": 1}
+    answers = [predict_scales(network, x, each, **settings) for each in (rule, SequentialScales(rule, (0.1, 0.2)))]
+    assert np.array_equal(answers[0].prediction, answers[1].prediction)
+    assert np.array_equal(answers[0].votes, answers[1].votes)
+    assert np.array_equal(answers[0].abstained, answers[1].abstained)
+
 
 # ---------------------------------------------------------------------------------------------- runs and suites
 
@@ -231,6 +241,9 @@ def test_runs_of_other_networks_or_inputs_share_nothing(tmp_path: Path) -> None:
     for change in ({"seed": 1}, {"examples": ":30"}, {"noise": "grid"}, {"channels_last": True}, {"data": "mnist"}):
         with pytest.raises(ValueError, match="must be of one network and the same inputs to share draws"):
             certify_together([CONFIG, replace(CONFIG, **change)], outputs)
+    rules = [replace(CONFIG, options={"reduction": each}, rule=rule) for each, rule in zip("ab", RULES, strict=True)]
+    with pytest.raises(ValueError, match="each rule for each reduction, in order"):
+        certify_together(rules, outputs)
     assert not list(tmp_path.iterdir())
 
 

@@ -194,7 +194,7 @@ def certify_scales(
 def predict_scales(
     f: Networks,
     x: Tensor,
-    rule: ScaleRule,
+    rule: ScaleRule | SequentialScales,
     *,
     num_classes: int,
     n: int,
@@ -225,6 +225,7 @@ def predict_scales(
     -----
     *Guarantee.* For each input, the probability of an answer other than the classifier's is at most alpha.
     """
+    rule = rule.rule if isinstance(rule, SequentialScales) else rule   # an answer needs no radii
     n, seed = check_count(n, "n"), check_seed(seed)
     settings: dict[str, Any] = {"num_classes": num_classes, "indices": indices, "block": block}
     first, stage = -(-n // 4), Stage.PREDICTION

@@ -135,13 +135,15 @@ class Plan:
         Class of each input.
     level : ndarray of int64, shape (b,)
         Level that speaks for the class.
-    hypotheses : list of Hypotheses
-        While one of them is true at a radius, the classifier's answer may change within it.
+    own, others : list of Hypotheses
+        About the class at the level that speaks for it, each input in one of `own`; and about all else. While one of
+        either is true at a radius, the classifier's answer may change within it.
     """
 
     guess: NDArray[np.int64]
     level: NDArray[np.int64]
-    hypotheses: list[Hypotheses]
+    own: list[Hypotheses]
+    others: list[Hypotheses]
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,13 +257,13 @@ class Envelope:
         slope, offset, weight = np.multiply(self.weights, self.sigmas), np.array(self.offsets), np.array(self.weights)
         step = 0.1 * slope.min()   # few middles, so that inputs share their boundaries
         middle, reach = step * np.round(middle / step)[:, None], np.array(radii)
-        hypotheses = []
+        own, others = [], []
         for i in range(len(self.sigmas)):
-            own = ndtr(-(middle + weight[i] * reach + offset[i]) / slope[i])
-            others = ndtr((middle - weight[i] * reach + offset[i]) / slope[i])
-            hypotheses.append(Hypotheses(i, guess, own, best == i))
-            hypotheses.append(Hypotheses(i, guess, others, best >= 0, rival=True))
-        return Plan(guess, best, hypotheses)
+            low = ndtr(-(middle + weight[i] * reach + offset[i]) / slope[i])
+            high = ndtr((middle - weight[i] * reach + offset[i]) / slope[i])
+            own.append(Hypotheses(i, guess, low, best == i))
+            others.append(Hypotheses(i, guess, high, best >= 0, rival=True))
+        return Plan(guess, best, own, others)
 
     def _radius(
         self, best: NDArray[np.int64], failure: NDArray[np.float64], upper: NDArray[np.float64]
@@ -357,12 +359,12 @@ class Cascade:
     def plan(self, select: VotesAt, n0: int, size: int, radii: Sequence[float]) -> Plan:
         """What to establish for named radii; see `SequentialScales`."""
         level, guess = self._descend(select, n0, size)
-        hypotheses = []
+        own, others = [], []
         for i, (sigma, threshold) in enumerate(zip(self.sigmas, ndtri(np.array(self.threshold)), strict=True)):
             steps = np.broadcast_to(np.array(radii) / sigma, (size, len(radii)))
-            hypotheses.append(Hypotheses(i, guess, ndtr(-threshold - steps), level == i))
-            hypotheses.append(Hypotheses(i, guess, ndtr(threshold - steps), level > i, rival=True))
-        return Plan(guess, level, hypotheses)
+            own.append(Hypotheses(i, guess, ndtr(-threshold - steps), level == i))
+            others.append(Hypotheses(i, guess, ndtr(threshold - steps), level > i, rival=True))
+        return Plan(guess, level, own, others)
 
     def _descend(self, select: VotesAt, n0: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Level and class (b,) that the selection votes name; the last level takes whatever comes."""
@@ -465,13 +467,13 @@ class Selector:
         m, reach = len(self.sigmas), np.array(radii)
         level = self._chosen(select, n0, size).argmax(axis=1)
         limits = np.broadcast_to(ndtr(-reach / self.selector_sigma), (size, len(radii)))
-        guess, hypotheses = np.zeros(size, dtype=np.int64), [Hypotheses(m, level, limits, level >= 0)]
+        guess, own, chooser = np.zeros(size, dtype=np.int64), [], Hypotheses(m, level, limits, level >= 0)
         for i in np.unique(level).tolist():
             rows = np.flatnonzero(level == i)
             guess[rows] = check_votes(select(i, rows, n0), n0, "selection").argmax(axis=1)
             limits = np.broadcast_to(ndtr(-reach / self.sigmas[i]), (size, len(radii)))
-            hypotheses.append(Hypotheses(i, guess, limits, level == i))
-        return Plan(guess, level, hypotheses)
+            own.append(Hypotheses(i, guess, limits, level == i))
+        return Plan(guess, level, own, [chooser])
 
 
 @dataclass(frozen=True, slots=True)
@@ -548,16 +550,13 @@ class SequentialScales:
         """Decide with at most n draws at each level; see `ScaleRule`. ``ValueError`` if n is below the first look."""
         plan, each = self.rule.plan(select, n0, size, self.radii), np.arange(size)
         classes = [select(level, each[:0], n0).shape[1] for level in range(len(self.levels))]
-        found = establish(plan.hypotheses, sample, n, classes, self.alpha, self.beta)
+        found = establish([*plan.own, *plan.others], sample, n, classes, self.alpha, self.beta)
         passed, sigma = found.passed, np.array(self.levels)[plan.level]
         radius, failure = np.array([0.0, *self.radii])[passed], np.ones(size)
         votes, taken = np.zeros(size, dtype=np.int64), found.taken[plan.level, each]
         rival = np.zeros(size, dtype=np.int64)
-        for hypotheses in plan.hypotheses:
-            rows = np.flatnonzero(hypotheses.asked)
-            if hypotheses.rival or hypotheses.target is not plan.guess or not len(rows):
-                continue
-            table = found.votes[hypotheses.level]
+        for hypotheses in plan.own:
+            rows, table = np.flatnonzero(hypotheses.asked), found.votes[hypotheses.level]
             known = rows[passed[rows] > 0]
             failure[known] = hypotheses.limits[known, passed[known] - 1]
             votes[rows] = table[rows, plan.guess[rows]]
