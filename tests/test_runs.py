@@ -164,7 +164,7 @@ def test_a_run_killed_at_156_random_moments_loses_and_doubles_nothing(whole: Pat
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_two_rules_killed_at_40_random_moments_end_alike(tmp_path: Path) -> None:
     configs = [replace(CONFIG, rule=rule) for rule in ("one-sided", "two-sided")]
-    expected = certify_together(configs, [tmp_path / "a.tsv", tmp_path / "b.tsv"])
+    expected = certify_together([{tmp_path / "a.tsv": configs[0], tmp_path / "b.tsv": configs[1]}])[0]
     paths, rng = [tmp_path / "one.tsv", tmp_path / "two.tsv"], np.random.default_rng([7, 12])
     for _ in range(40):
         with warnings.catch_warnings():
@@ -172,13 +172,13 @@ def test_two_rules_killed_at_40_random_moments_end_alike(tmp_path: Path) -> None
             child = os.fork()
         if not child:
             try:
-                certify_together(configs, paths)
+                certify_together([dict(zip(paths, configs, strict=True))])
             finally:
                 os._exit(0)
         time.sleep(rng.random() * 0.5)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    certify_together(configs, paths)
+    certify_together([dict(zip(paths, configs, strict=True))])
     assert [rows(path) for path in paths] == [rows(record.path) for record in expected]
 
 

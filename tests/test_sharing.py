@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,23 +20,30 @@ from art_rs_plugins import (
     Certificates,
     Conditional,
     Envelope,
+    Gaussian,
     GridGaussian,
+    PatchGeometry,
     Performance,
     PyTorchInstaRS,
     PyTorchSmoothedClassifier,
+    PyTorchSmoothReduce,
     Selector,
     SequentialScales,
     share_votes,
 )
 from art_rs_plugins.benchmark import suite as suites
 from art_rs_plugins.benchmark.config import RULES, RunConfig
+from art_rs_plugins.benchmark.models import build
 from art_rs_plugins.benchmark.records import read_record
 from art_rs_plugins.benchmark.runs import certify, certify_together
+from art_rs_plugins.benchmark.workers import Task
 from art_rs_plugins.smoothing.scales import predict_scales
 from art_rs_plugins.smoothing.sigma import MultiStartSearch
+from art_rs_plugins.theory.patches import Pad, Placement
 
 INPUTS, INDICES = np.round(X[TEST][:6] * 255) / np.float32(255), np.arange(10, 16)
-BLOCK = Performance(block=100)   # one chunk of draws in a pass, so that none is padded
+BLOCK = Performance(channels_last=True, block=100)   # one chunk of draws in a pass, so that none is padded
+BLOCKS = Performance(channels_last=True)
 
 
 class Counting(nn.Module):
@@ -92,7 +102,7 @@ def family(network: nn.Module, **settings: Any) -> list[PyTorchSmoothedClassifie
 
 
 @pytest.mark.parametrize("radii", [None, (0.0, 0.1, 0.25)])
-@pytest.mark.parametrize("performance", [Performance(block=100), Performance(channels_last=True, block=100)])
+@pytest.mark.parametrize("performance", [BLOCK, Performance(dtype="bfloat16", block=100)])
 def test_the_same_bits_in_fewer_passes(radii, performance):
     estimators = family(Counting().eval(), performance=performance)
     alone, many = asked(estimators, False, radii=radii)
@@ -133,8 +143,8 @@ def test_only_what_agrees_is_shared():
         smooth(network, performance=BLOCK, scale=0.3),
         smooth(Counting(1).eval(), performance=BLOCK),
         smooth(Counting().eval(), performance=BLOCK),   # equal weights in another object: to be safe, not compared
-        smooth(network, performance=Performance(channels_last=True, block=100)),
-        smooth(network, performance=Performance(block=50)),
+        smooth(network, performance=Performance(channels_last=True, dtype="bfloat16", block=100)),
+        smooth(network, performance=Performance(channels_last=True, block=50)),
         smooth(network, performance=BLOCK, preprocessing=(0.5, 2.0)),
         smooth(network, performance=BLOCK, noise=GridGaussian, clip_values=(0.0, 1.0)),
     ]
@@ -161,7 +171,7 @@ def test_another_seed_index_or_input_has_votes_of_its_own():
 
 def test_new_weights_are_asked_again_within_the_block():
     network = Counting().eval()
-    first, second = smooth(network), smooth(network)
+    first, second = smooth(network, performance=BLOCK), smooth(network, performance=BLOCK)
     settings: dict[str, Any] = {"n": 500, "n0": 100, "seed": 3, "indices": INDICES}
     with share_votes(first, second):
         before = first.certificates(INPUTS, **settings)
@@ -169,32 +179,89 @@ def test_new_weights_are_asked_again_within_the_block():
             for parameter in network.parameters():
                 parameter.data.mul_(-1.0)   # behind the back of autograd's counters
         after = second.certificates(INPUTS, **settings)
-    assert same(after, smooth(network).certificates(INPUTS, **settings))
+    assert same(after, smooth(network, performance=BLOCK).certificates(INPUTS, **settings))
     assert not np.array_equal(before.prediction, after.prediction)
 
 
-def test_blocks_may_be_nested_and_end_with_an_error():
+def test_a_network_that_knows_how_to_fold_and_noise_behind_a_map_keep_their_bits():
+    torch.manual_seed(0)
+    resnet = build("resnet20", (3, 16, 16), 10, seed=0).eval()
+    x, common = np.random.default_rng(0).random((2, 3, 16, 16), dtype=np.float32), {"n": 200, "n0": 100, "seed": 1}
+    first, second = (smooth(resnet, (3, 16, 16), scale=0.25, performance=BLOCKS) for _ in range(2))
+    expected = first.certificates(x, **common)
+    with share_votes(first, second):
+        assert same(second.certificates(x, **common), expected)
+        assert same(first.certificates(x, **common), expected)
+    grid = np.round(x * 255) / np.float32(255)
+    settings: dict[str, Any] = {"geometry": PatchGeometry.corners((16, 16), 12, before=Pad(2)), "clip_values": (0, 1)}
+    found, flat = {}, nn.Sequential(nn.Flatten(), nn.Linear(432, 10)).eval()
+    for noise in (Gaussian, GridGaussian):
+        reduced = PyTorchSmoothReduce(
+            flat, nn.CrossEntropyLoss(), (3, 16, 16), 10, placement=Placement.SHARED_RESIZED, noise=noise,
+            device_type="cpu", scale=0.25, performance=BLOCKS, **settings,
+        )   # fmt: skip
+        found[noise] = reduced.certificates(grid, **common)
+    with share_votes(reduced):
+        for noise, certificates in found.items():
+            reduced.noise = noise
+            assert same(reduced.certificates(grid, **common), certificates)
+    assert not np.array_equal(found[Gaussian].count, found[GridGaussian].count)
+
+
+def test_autocast_is_another_network():
+    network = digits_network().eval()
+    first, second = smooth(network, performance=BLOCK), smooth(network, performance=BLOCK)
+    settings: dict[str, Any] = {"n": 500, "n0": 100, "seed": 3}
+    expected = second.certificates(INPUTS, **settings)
+    with share_votes(first, second):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            other = first.certificates(INPUTS, **settings)
+        assert same(second.certificates(INPUTS, **settings), expected)
+    assert not same(other, expected)
+
+
+def test_threads_may_ask_at_once():
+    network = digits_network().eval()
+    estimators = [smooth(network, performance=BLOCK) for _ in range(4)]
+    settings: dict[str, Any] = {"n": 500, "n0": 100, "seed": 3}
+    expected = estimators[0].certificates(INPUTS, **settings)
+    with share_votes(*estimators), ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda each: each.certificates(INPUTS, **settings), estimators * 3))
+    assert all(same(each, expected) for each in found)
+
+
+def test_blocks_may_be_nested_overlap_and_end_with_an_error():
     network = Counting().eval()
-    first, second = smooth(network), smooth(network)
-    own, settings = second._voters, {"n": 500, "n0": 100, "seed": 3}
+    first, second = smooth(network, performance=BLOCK), smooth(network, performance=BLOCK)
+    own, settings = [list(each._voters) for each in (first, second)], {"n": 500, "n0": 100, "seed": 3}
 
     def interrupted() -> None:
         with share_votes(first, second):
             with share_votes(first):
                 first.certificates(INPUTS, **settings)
+            first.certificates(INPUTS, **settings)
             Counting.rows.clear()
             second.certificates(INPUTS, **settings)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         interrupted()
-    assert sum(Counting.rows) <= 12   # nothing but a probe
-    assert second._voters is own
-    assert first._voters.of(first.model.f, first.performance) is first.model.f
+    assert not Counting.rows
+    blocks = [share_votes(first, second), share_votes(second, first)]
+    for enter in (True, False):
+        for block in blocks:
+            block.__enter__() if enter else block.__exit__(None, None, None)
+    assert [each._voters for each in (first, second)] == own
+    assert getattr(first._voter(), "kept", None) is None
+    assert [len(copy.deepcopy(first)._voters), len(pickle.loads(pickle.dumps(first))._voters)] == [1, 1]
     with pytest.raises(ValueError, match="at least one"), share_votes():
         pass
     with pytest.raises(TypeError, match="must be PyTorchSmoothedClassifier, got Counting"), share_votes(network):
         pass
+    with pytest.raises(ValueError, match="performance must make a frozen copy"), share_votes(first, smooth(network)):
+        pass
+    assert [each._voters for each in (first, second)] == own
+
 
 def test_an_answer_needs_no_radii() -> None:
     network, x, rule = digits_network().eval(), torch.from_numpy(INPUTS), Envelope((0.25, 0.5))
@@ -207,7 +274,9 @@ def test_an_answer_needs_no_radii() -> None:
 
 # ---------------------------------------------------------------------------------------------- runs and suites
 
-CONFIG = RunConfig(model="support:digits_network", device="cpu", n=300, n0=20, examples=":40", block=100)
+CONFIG = RunConfig(
+    model="support:digits_network", device="cpu", n=300, n0=20, examples=":40", block=100, channels_last=True
+)
 LEVELS = {"sigmas": [0.25, 0.5]}
 CONFIGS = [
     replace(CONFIG, rule="one-sided"),
@@ -225,25 +294,28 @@ def rows(path: Path) -> list[list[str]]:
 def test_runs_that_share_votes_record_what_each_alone_would(tmp_path: Path) -> None:
     alone = [certify(config, tmp_path / f"alone{i}.tsv") for i, config in enumerate(CONFIGS)]
     outputs = [tmp_path / f"{i}.tsv" for i in range(len(CONFIGS))]
-    certify_together(CONFIGS, outputs)
+    by_record = dict(zip(outputs, CONFIGS, strict=True))
+    families = [{path: by_record[path] for path in group} for group in (outputs[:2], outputs[2:3], outputs[3:])]
+    certify_together(families)
     assert [rows(path) for path in outputs] == [rows(record.path) for record in alone]
     manifests = [[read_record(path).manifest for path in paths] for paths in (outputs, [each.path for each in alone])]
     for together, apart in zip(*manifests, strict=True):
         assert {**together, "command": 0, "created": 0} == {**apart, "command": 0, "created": 0}
     for path, keep in zip(outputs, (41, 30, 3, 17), strict=True):   # one whole, the others stopped on the way
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:keep]))
-    certify_together(CONFIGS, outputs)
+    certify_together(families)
     assert [rows(path) for path in outputs] == [rows(record.path) for record in alone]
 
 
 def test_runs_of_other_networks_or_inputs_share_nothing(tmp_path: Path) -> None:
-    outputs = [tmp_path / "a.tsv", tmp_path / "b.tsv"]
-    for change in ({"seed": 1}, {"examples": ":30"}, {"noise": "grid"}, {"channels_last": True}, {"data": "mnist"}):
+    first, second = tmp_path / "a.tsv", tmp_path / "b.tsv"
+    for change in ({"seed": 1}, {"examples": ":30"}, {"noise": "grid"}, {"channels_last": False}, {"data": "mnist"}):
         with pytest.raises(ValueError, match="must be of one network and the same inputs to share draws"):
-            certify_together([CONFIG, replace(CONFIG, **change)], outputs)
+            certify_together([{first: CONFIG}, {second: replace(CONFIG, **change)}])
     rules = [replace(CONFIG, options={"reduction": each}, rule=rule) for each, rule in zip("ab", RULES, strict=True)]
-    with pytest.raises(ValueError, match="each rule for each reduction, in order"):
-        certify_together(rules, outputs)
+    for family in (rules, [CONFIG, replace(CONFIG, n=400)]):
+        with pytest.raises(ValueError, match="each rule for each reduction in order"):
+            certify_together([dict(zip((first, second), family, strict=True))])
     assert not list(tmp_path.iterdir())
 
 
@@ -255,12 +327,10 @@ device = "cpu"
 n = 300
 n0 = 20
 block = 100
+channels_last = true
 examples = ":40"
 [[cell]]
 name = "fixed"
-[[cell]]
-name = "other"
-run = { channels_last = true }
 [[cell]]
 name = "envelope"
 run = { method = "insta-rs", options = { certificate = "envelope", sigmas = [0.25, 0.5] } }
@@ -270,6 +340,13 @@ run = { method = "insta-rs", options = { certificate = "envelope" } }
 [[cell]]
 name = "wide"
 run = { sigma = 0.5, n = 200 }
+[[cell]]
+name = "wide-again"
+rules = ["one-sided"]
+run = { sigma = 0.5, n = 200 }
+[[cell]]
+name = "other"
+run = { dtype = "bfloat16" }
 """
 
 
@@ -277,18 +354,26 @@ def test_cells_of_one_network_share_votes_and_fail_alone(tmp_path: Path, monkeyp
     (tmp_path / "suite.toml").write_text(SUITE)
     read, groups = suites.read(str(tmp_path / "suite.toml")), []
 
-    def watched(configs: Any, outputs: list[Path], **settings: Any) -> Any:
-        groups.append([output.stem for output in outputs])
-        return certify_together(configs, outputs, **settings)
+    def watched(families: Any, **settings: Any) -> Any:
+        groups.append([output.stem for family in families for output in family])
+        return certify_together(families, **settings)
 
     monkeypatch.setattr(suites, "certify_together", watched)
     done = suites.run(read, tmp_path / "out")
-    assert [record.name for record in done.records] == ["fixed", "other", "envelope", "wide"]
-    assert "needs the option sigmas" in done.failed["broken"]
+    assert [record.name for record in done.records] == ["fixed", "envelope", "wide", "wide-again.one-sided", "other"]
     assert list(done.failed) == ["broken"]
-    whole = ["fixed", "envelope", "broken", "wide"]
+    assert "needs the option sigmas" in done.failed["broken"]
+    whole = ["fixed", "envelope", "broken", "wide", "wide-again.one-sided"]
     assert groups == [whole, *([name] for name in whole), ["other"]]
     groups.clear()
-    again = suites.run(replace(read, cells=tuple(cell for cell in read.cells if cell.name != "broken")), tmp_path / "b")
-    assert groups == [["fixed", "envelope", "wide"], ["other"]]
+    kept = replace(read, cells=tuple(cell for cell in read.cells if cell.name != "broken"))
+    again = suites.run(kept, tmp_path / "b")
+    assert groups == [[name for name in whole if name != "broken"], ["other"]]
     assert [rows(each.path) for each in again.records] == [rows(each.path) for each in done.records]
+    (tmp_path / "b" / "envelope.tsv").unlink()   # what is whole is not voted on again
+    (tmp_path / "b" / "envelope.manifest.json").unlink()
+    asked, call = [], Task.__call__
+    monkeypatch.setattr(Task, "__call__", lambda task, group: asked.append(type(task.estimator)) or call(task, group))
+    once_more = suites.run(kept, tmp_path / "b")
+    assert [rows(each.path) for each in once_more.records] == [rows(each.path) for each in done.records]
+    assert set(asked) == {PyTorchInstaRS}

@@ -160,9 +160,9 @@ def test_unknown_names_are_named(tmp_path: Path) -> None:
         RunConfig(rule="one-sided", tolerance=0.1)
     two = [RunConfig(rule="one-sided"), RunConfig(rule="two-sided", sigma=0.3, seed=5)]
     with pytest.raises(ValueError, match="must be of one network and the same inputs to share draws"):
-        certify_together(two, [tmp_path / "a.tsv", tmp_path / "b.tsv"])
-    with pytest.raises(ValueError, match="2 different files"):
-        certify_together(two, [tmp_path / "a.tsv", tmp_path / "a.tsv"])
+        certify_together([{tmp_path / f"{i}.tsv": each} for i, each in enumerate(two)])
+    with pytest.raises(ValueError, match="outputs must be different files"):
+        certify_together([{tmp_path / "a.tsv": each} for each in two[:1] * 2])
 
 
 def test_suites_of_the_package_can_be_read(monkeypatch, capsys) -> None:

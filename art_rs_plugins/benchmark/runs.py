@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import product
@@ -75,75 +75,75 @@ def certify(
     *Guarantee.* Each row is a certificate of the method's `certificates`. A row that was lost is drawn again with the
     same noise: it is the same experiment, not a second try at alpha.
     """
-    return certify_together([config], [output], verbose=verbose, workers=workers, shard=shard)[0]
+    return certify_together([{output: config}], verbose=verbose, workers=workers, shard=shard)[0][0]
 
 
 def certify_together(
-    configs: Sequence[RunConfig],
-    outputs: Sequence[Path],
+    families: Sequence[Mapping[Path, RunConfig]],
     *,
     verbose: bool = False,
     workers: Workers = HERE,
     shard: Shard | None = None,
-) -> list[Record]:
+) -> list[list[Record]]:
     """Certify under several configurations that share their draws, each with a record of its own; see `certify`.
 
     Parameters
     ----------
-    configs : sequence of RunConfig
-        Of one network and the same inputs. Neighbours that differ in ``rule`` and the option ``reduction`` alone are
-        certified by one estimator: each rule, which all of them name, for the first reduction, then for the next.
-    outputs : sequence of Path
-        One record for each.
+    families : sequence of mapping from Path to RunConfig
+        Configurations of one network and the same inputs, by their records. Those of a family differ in ``rule`` and
+        the option ``reduction`` alone, and one estimator certifies them: each rule, which all of them name, for the
+        first reduction, then for the next.
     verbose, workers, shard
         As of `certify`.
 
     Returns
     -------
-    list of Record
-        What each alone would record, but for the seconds: a draw is voted on once, whoever asks.
+    list of list of Record
+        What each alone would record, but for the seconds, which are those of all: a draw is voted on once, whoever
+        asks.
     """
-    notes = {} if shard is None else {"shard": shard.note(configs[0].examples)}
-    configs = [each if shard is None else replace(each, examples=shard.of(each.examples)) for each in configs]
-    config = configs[0]
-    if len({output.resolve() for output in outputs}) != len(configs):
-        raise ValueError(f"outputs must be {len(configs)} different files, one for each config, got {len(outputs)}")
-    families = _families(configs)
-    for output in outputs:
-        check_folder(output)
-    known, data = read_manifest(outputs[0]), load(config.data)
+    notes = {}
+    if shard is not None:
+        notes = {"shard": shard.note(next(iter(families[0].values())).examples)}
+        families = [
+            {output: replace(each, examples=shard.of(each.examples)) for output, each in family.items()}
+            for family in families
+        ]
+    _check_families(families)
+    first, config = next(iter(families[0].items()))
+    known, data = read_manifest(first), load(config.data)
     network = open_network(config, data)
-    block = None if known is None else known.get("block")
-    estimator = open_estimator(config, block, outputs[0].parent, network)[1]
+    estimator = open_estimator(config, None if known is None else known.get("block"), first.parent, network)[1]
     indices = parse_examples(config.examples, len(data.x_test))
     if not len(indices):
         raise ValueError(f"examples {config.examples!r} selects none of the {len(data.x_test)} test examples")
-    device = _settle(config, known, estimator, workers, shard)
+    device, begun = _settle(config, known, estimator, workers, shard), []
     with ExitStack() as stack:
         stack.callback(estimator.close)
-        opened = [(replace(config, rule=None), estimator)]
-        writers = []
-        for each, output in zip(configs, outputs, strict=True):
-            plain = replace(each, rule=None)
-            own = next((own for other, own in opened if other == plain), None)
-            if own is None:
-                own = open_estimator(each, estimator.performance.block, output.parent, network)[1]
-                stack.callback(own.close)
-                opened.append((plain, own))
-            found = facts(each, data, indices, own) | {"device": device}
-            writers.append(stack.enter_context(_writer(each, output, found, notes, own)))
-        finished = set.intersection(*(writer.done for writer in writers))
-        left = np.array([index for index in indices if int(index) not in finished], dtype=np.int64)
-        parts = (left[first : first + GROUP] for first in range(0, len(left), GROUP))
+        for family in families:
+            opened: dict[str, PyTorchSmoothedClassifier] = {}   # by reduction; the first of them votes for all
+            writers = []
+            for output, each in family.items():
+                reduction = each.options.get("reduction", "mean")
+                if reduction not in opened and each is config:
+                    opened[reduction] = estimator
+                elif reduction not in opened:
+                    opened[reduction] = open_estimator(each, estimator.performance.block, output.parent, network)[1]
+                    stack.callback(opened[reduction].close)
+                found = facts(each, data, indices, opened[reduction]) | {"device": device}
+                writers.append(stack.enter_context(_writer(each, output, found, notes, opened[reduction])))
+            finished = set.intersection(*(writer.done for writer in writers))
+            task = _task(list(family.values()), next(iter(opened.values())))
+            begun.append((task, writers, {int(index) for index in indices} - finished))
+        begun = [part for part in begun if part[2]] or begun[:1]   # what is whole asks for no votes
+        missing = set[int]().union(*(part[2] for part in begun))
+        left = np.array([index for index in indices if int(index) in missing], dtype=np.int64)
+        parts = (left[at : at + GROUP] for at in range(0, len(left), GROUP))
         groups = (Group(rows, data.x_test[rows], data.y_test[rows]) for rows in parts)
-        leaders = (replace(family[0], rule=None) for family in families)
-        tasks = [
-            _task(family, next(own for other, own in opened if other == leader))
-            for family, leader in zip(families, leaders, strict=True)
-        ]
-        task = tasks[0] if len(tasks) == 1 else Together(tuple(tasks))
-        record_groups(task, groups, writers, total=len(indices), workers=workers, verbose=verbose)
-    return [read_record(output) for output in outputs]
+        everyone = [writer for part in begun for writer in part[1]]
+        joint = begun[0][0] if len(begun) == 1 else Together(tuple(part[0] for part in begun))
+        record_groups(joint, groups, everyone, total=len(indices), workers=workers, verbose=verbose)
+    return [[read_record(output) for output in family] for family in families]
 
 
 def shared_part(config: RunConfig) -> RunConfig:
@@ -152,28 +152,31 @@ def shared_part(config: RunConfig) -> RunConfig:
     return replace(config, sigma=1.0, n=1, n0=1, alpha=0.5, **rest)
 
 
-def _families(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
-    """Configurations by the estimator that certifies them; ``ValueError`` if they are not of one network and inputs."""
-    families: list[list[RunConfig]] = []
-    for each in configs:
-        if families and _family(families[-1][0]) == _family(each):
-            families[-1].append(each)
-        else:
-            families.append([each])
-    if any(shared_part(each) != shared_part(configs[0]) for each in configs):
+def _check_families(families: Sequence[Mapping[Path, RunConfig]]) -> None:
+    """Raise ``ValueError`` for what cannot share draws, and ``OSError`` for a folder that cannot be written."""
+    outputs = [output for family in families for output in family]
+    if len({output.resolve() for output in outputs}) != len(outputs):
+        raise ValueError(f"outputs must be different files, one for each config, got {', '.join(map(str, outputs))}")
+    everyone = [each for family in families for each in family.values()]
+    if any(shared_part(each) != shared_part(everyone[0]) for each in everyone):
         raise ValueError(
             "configs must be of one network and the same inputs to share draws: they may differ in method, options, "
             "sigma, n, n0, alpha, radii, tolerance and rule alone"
         )
     for family in families:
-        asked = [(each.options.get("reduction", "mean"), each.rule) for each in family]
+        configs = list(family.values())
+        asked = [(each.options.get("reduction", "mean"), each.rule) for each in configs]
         reductions, rules = (list(dict.fromkeys(names)) for names in zip(*asked, strict=True))
-        if asked != list(product(reductions, rules)):
-            raise ValueError(f"configs must name each rule for each reduction, in order; got {asked}")
-    return families
+        if any(_rest(each) != _rest(configs[0]) for each in configs) or asked != list(product(reductions, rules)):
+            raise ValueError(
+                "configs of a family may differ in their rule and reduction alone, each rule for each reduction in "
+                f"order; got {asked}"
+            )
+    for output in outputs:
+        check_folder(output)
 
 
-def _family(config: RunConfig) -> RunConfig:
+def _rest(config: RunConfig) -> RunConfig:
     options = {name: value for name, value in config.options.items() if name != "reduction"}
     return replace(config, rule=None, options=options)
 

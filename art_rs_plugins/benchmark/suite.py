@@ -274,33 +274,42 @@ def _attacked(cell: Cell, record: Record, verbose: bool) -> Attacked | None:
 
 
 def _voting_together(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells in groups that share their votes: those that ask one network, with weights that are there already."""
-    groups: list[tuple[RunConfig | None, list[Cell]]] = []
+    """Cells in groups that share their votes: neighbours that ask one network, with weights that are there already."""
+    groups: list[list[Cell]] = []
     for cell in cells:
-        method, mode = cell.run.method, cell.run.options.get("mode", "commit")
-        asks_itself = method in ("smoothing", "insta-rs") or (method == "data-dependent" and mode != "commit")
-        network = shared_part(cell.run) if asks_itself and cell.training is None else None
-        known = next((group for other, group in groups if network is not None and other == network), None)
-        if known is None:
-            groups.append((network, [cell]))
+        if groups and _asks_network(cell) and _asks_network(groups[-1][0]) and (
+            shared_part(groups[-1][0].run) == shared_part(cell.run)
+        ):   # fmt: skip
+            groups[-1].append(cell)
         else:
-            known.append(cell)
-    return [group for _, group in groups]
+            groups.append([cell])
+    return groups
+
+
+def _asks_network(cell: Cell) -> bool:
+    """Whether the votes of a cell are those of its network, given beforehand; a memory asks in its own order."""
+    given = cell.training is None and cell.tuning is None
+    return given and (cell.run.method in ("smoothing", "insta-rs") or (_data_dependent(cell) and not _remembers(cell)))
+
+
+def _data_dependent(cell: Cell) -> bool:
+    return cell.run.method == "data-dependent"
+
+
+def _remembers(cell: Cell) -> bool:
+    return _data_dependent(cell) and cell.run.options.get("mode", "commit") == "commit"
 
 
 def _certified(cells: Sequence[Cell], output: Path, verbose: bool, failed: dict[str, str]) -> dict[str, list[Record]]:
     """Records of cells that share their votes, by name; where one fails, the others are certified without it."""
     try:
         prepared = [_prepared(cell, output, verbose) for cell in cells]
-        configs = [config for each in prepared for config in each.values()]
-        outputs = [output / f"{name}.tsv" for each in prepared for name in each]
-        records = iter(certify_together(configs, outputs, verbose=verbose))
-        made = {cell.name: [next(records) for _ in each] for cell, each in zip(cells, prepared, strict=True)}
+        families = [{output / f"{name}.tsv": config for name, config in each.items()} for each in prepared]
+        made = dict(zip((cell.name for cell in cells), certify_together(families, verbose=verbose), strict=True))
         for cell, each in zip(cells, prepared, strict=True):
-            config, study = next(iter(each.values())), output / f"{cell.name}.attacker-first.md"
-            remembers = config.method == "data-dependent" and config.options.get("mode", "commit") == "commit"
-            if remembers and not study.exists():
-                write_study(replace(config, rule=cell.run.rule), study)
+            study = output / f"{cell.name}.attacker-first.md"
+            if _remembers(cell) and not study.exists():
+                write_study(replace(next(iter(each.values())), rule=cell.run.rule), study)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if len(cells) == 1:
             failed[cells[0].name] = str(error)

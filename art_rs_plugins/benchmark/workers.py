@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from art_rs_plugins.benchmark.writer import RecordWriter
 from art_rs_plugins.estimators.base import PyTorchSmoothedClassifier, share_votes
 from art_rs_plugins.estimators.data_dependent import PyTorchDataDependentSmoothing
 from art_rs_plugins.estimators.modes import Commit
-from art_rs_plugins.smoothing.performance import measure_block
+from art_rs_plugins.smoothing.performance import Voters, measure_block
 from art_rs_plugins.smoothing.sampling import evaluating
 from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.rules import Rule
@@ -101,16 +102,22 @@ class Task:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Together:
-    """Several tasks about each group, which share their votes; see `share_votes`."""
+    """Several tasks about each group, which share their votes where they can; see `share_votes`."""
 
     tasks: tuple[Task, ...]
+    voters: Voters = field(default_factory=lambda: Voters(limit=64, keeping=True))
 
     def __call__(self, group: Group) -> Done:
         """Do all of them."""
-        with share_votes(*(task.estimator for task in self.tasks)):
+        everyone = (task.estimator for task in self.tasks)
+        able = [each for each in everyone if isinstance(each, PyTorchSmoothedClassifier) and each.performance.freezes]
+        with share_votes(*able, voters=self.voters) if able else nullcontext():
             parts = [task(group) for task in self.tasks]
         certificates = [each for part in parts for each in part.certificates]
         return replace(parts[0], certificates=certificates, seconds=sum(part.seconds for part in parts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Together, (self.tasks,)   # where it arrives, networks are made ready anew
 
 
 @dataclass(frozen=True, slots=True, eq=False)

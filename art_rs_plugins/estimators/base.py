@@ -196,7 +196,7 @@ class PyTorchSmoothedClassifier(Trainable, PyTorchRandomizedSmoothing):
         self.preprocessing_defences = self._set_preprocessing_defences(preprocessing_defences)
         self.postprocessing_defences = self._set_postprocessing_defences(postprocessing_defences)
         self.history_: list[Epoch] = []
-        self._voters = Voters()
+        self._voters = [Voters()]   # the last of them votes; see `share_votes`
         self._update_preprocessing_operations()
         if isinstance(model, SmoothedModule) and model.f.transform is not None and self.model.f.transform is None:
             raise ValueError(
@@ -396,7 +396,7 @@ class PyTorchSmoothedClassifier(Trainable, PyTorchRandomizedSmoothing):
 
     def _voter(self, f: BaseClassifier | None = None) -> nn.Module:
         """A classifier as it votes, made anew when its weights or transform, or `performance`, have changed."""
-        return self._voters.of(self.model.f if f is None else f, self.performance)
+        return self._voters[-1].of(self.model.f if f is None else f, self.performance)
 
     def certificates(
         self,
@@ -704,29 +704,36 @@ class PyTorchSmoothedClassifier(Trainable, PyTorchRandomizedSmoothing):
         module = state.pop("_model")
         self.__dict__.update(state)
         self._model = self._make_model_wrapper(module)
-        self._voters = Voters()
+        self._voters = [Voters()]   # the last of them votes; see `share_votes`
         self._check_params()
 
 
 @contextmanager
-def share_votes(*estimators: PyTorchSmoothedClassifier) -> Iterator[None]:
+def share_votes(*estimators: PyTorchSmoothedClassifier, voters: Voters | None = None) -> Iterator[None]:
     """Let estimators of one network share their votes: a draw that several of them ask about is one forward pass.
 
     Parameters
     ----------
     *estimators : PyTorchSmoothedClassifier
-        Around one and the same network object, with the same preprocessing and `performance`, such as plain smoothing
-        and `PyTorchInstaRS` at some of its noise levels. Those that have nothing in common share nothing.
+        Around one and the same network object and with the same ``performance``, such as plain smoothing and
+        `PyTorchInstaRS` at some of its noise levels. Preprocessing that an estimator was given is its own, and sets its
+        votes apart; put it into the network to share them.
+    voters : Voters, optional
+        Networks ready to vote, from an earlier block; their votes are let go of when this one ends.
 
     Raises
     ------
-    ValueError, TypeError
-        For no estimators, and for what is none of ours.
+    ValueError
+        For no estimators, and for a ``performance`` that leaves dtype, layout and code as they are: only a frozen copy
+        of the network can vouch that its votes are still true. ``Performance(channels_last=True)`` makes one.
+    TypeError
+        For what is none of our estimators.
 
     Notes
     -----
     Votes are shared where seed, index, input and sigma agree, and kept until the block ends; each certificate has the
-    same bits as without it, and ``passes`` counts what it would have taken alone.
+    same bits as without it, and ``passes`` counts what it would have taken alone. New weights are noticed; what else
+    makes the network another function has to stay as it is.
 
     *Guarantee.* That of each certificate on its own. They err together rather than independently, and for the best of
     several at one input the failure probabilities add, as always.
@@ -735,24 +742,31 @@ def share_votes(*estimators: PyTorchSmoothedClassifier) -> Iterator[None]:
     --------
     >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     >>> settings = (network, nn.CrossEntropyLoss(), (1, 2, 2), 2)
-    >>> narrow, wide = (PyTorchSmoothedClassifier(*settings, scale=0.5, alpha=alpha) for alpha in (0.001, 0.1))
-    >>> x = np.full((1, 1, 2, 2), 0.5)
-    >>> with share_votes(narrow, wide):
-    ...     counts = [each.certificates(x, n=1000, seed=0).count[0] for each in (narrow, wide)]
+    >>> sure, unsure = (
+    ...     PyTorchSmoothedClassifier(*settings, alpha=alpha, performance=Performance(channels_last=True))
+    ...     for alpha in (0.001, 0.1)
+    ... )
+    >>> with share_votes(sure, unsure):
+    ...     counts = [each.certificates(np.full((1, 1, 2, 2), 0.5), n=1000, seed=0).count[0] for each in (sure, unsure)]
     >>> bool(counts[0] == counts[1])
     True
     """
+    if not estimators:
+        raise ValueError("estimators must hold at least one")
     for estimator in estimators:
         if not isinstance(estimator, PyTorchSmoothedClassifier):
             raise TypeError(f"estimators must be PyTorchSmoothedClassifier, got {type(estimator).__name__}")
-    if not estimators:
-        raise ValueError("estimators must hold at least one")
-    common, own = estimators[0]._voters, [estimator._voters for estimator in estimators]
+        if not estimator.performance.freezes:
+            raise ValueError(
+                "performance must make a frozen copy of the network, such as Performance(channels_last=True), so that "
+                f"votes can be shared; got {estimator.performance!r}"
+            )
+    common = Voters(4 * len(estimators), keeping=True) if voters is None else voters
     try:
         for estimator in estimators:
-            estimator._voters = common
-        with common.keeping_votes():
-            yield
+            estimator._voters.append(common)
+        yield
     finally:
-        for estimator, voters in zip(estimators, own, strict=True):
-            estimator._voters = voters
+        for estimator in estimators:
+            estimator._voters.remove(common)
+        common.forget()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +53,11 @@ class Performance:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
         if self.block is not None:
             check_count(self.block, "block")
+
+    @property
+    def freezes(self) -> bool:
+        """Whether a frozen copy of the network votes: not where dtype, layout and code stay as they are."""
+        return self != Performance(block=self.block)
 
     def __str__(self) -> str:
         """What of it the base classifier depends on, such as ``bfloat16, channels_last, compiled``."""
@@ -129,48 +133,45 @@ def _compiled(f: BaseClassifier) -> BaseClassifier:
     return f
 
 
-VOTERS = 4
-"""Networks ready to vote that are kept, at most."""
-
-
 class Voters:
-    """Base classifiers as they vote: each made ready once, and anew when its weights, hooks or parts have changed."""
+    """Base classifiers as they vote: each made ready once, and anew when its weights, hooks or parts have changed.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    limit : int
+        Of them that are kept, at most.
+    keeping : bool
+        Whether each keeps its votes for whoever asks again.
+    """
+
+    def __init__(self, limit: int = 4, *, keeping: bool = False) -> None:
         self._ready: dict[Hashable, tuple[tuple[Tensor, ...], Voter]] = {}
-        self._keeping = False
+        self._limit, self._keeping = limit, keeping
 
     def of(self, f: BaseClassifier, performance: Performance) -> nn.Module:
-        """What votes for f: f itself where there is nothing to make ready, and nothing kept for others who ask."""
-        if performance in (Performance(), Performance(block=performance.block)) and not self._keeping:
+        """What votes for f: f itself where there is nothing to make ready."""
+        if not performance.freezes:
             return f
         # modules compare by identity, and being kept they cannot lend it to others
         parts, state = list(f.modules())[1:], (*f.parameters(), *f.buffers())
         hooks = [tuple(hooked) for part in parts for hooked in (part._forward_hooks, part._forward_pre_hooks)]
         key = (type(f), performance, len(state), *parts, *hooks)
-        ready = self._ready.get(key)
+        ready = self._ready.pop(key, None)
         # values, not version counters: those miss whoever writes to parameter.data
         if ready is None or not all(map(_same, ready[0], state)):
-            self._ready.pop(key, None)   # the newest come last
-            ready = self._ready[key] = tuple(t.detach().clone() for t in state), Voter(f, performance)
-            for old in list(self._ready)[:-VOTERS]:
-                del self._ready[old]
-        voter = ready[1]
-        if self._keeping and voter.kept is None:
-            voter.kept = {}
-        return voter
+            ready = tuple(t.detach().clone() for t in state), Voter(f, performance)
+            if self._keeping:
+                ready[1].kept = {}
+        self._ready[key] = ready   # the last used come last
+        for old in list(self._ready)[: -self._limit]:
+            del self._ready[old]
+        return ready[1]
 
-    @contextmanager
-    def keeping_votes(self) -> Iterator[None]:
-        """While it lasts, whoever asks a voter about draws that it has voted on is given those votes."""
-        before, self._keeping = self._keeping, True
-        try:
-            yield
-        finally:
-            self._keeping = before
-            if not before:
-                for _, voter in self._ready.values():
-                    voter.kept = None
+    def forget(self) -> None:
+        """Let go of all votes that were kept."""
+        for _, voter in self._ready.values():
+            if voter.kept is not None:
+                voter.kept.clear()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -317,9 +317,9 @@ class Sampler:
     def shared(self, n: int, *, between_rules: bool = False) -> Callable[[NDArray[np.int64], int, int], Votes]:
         """`votes` for rules that take n draws at most: kept if several rules ask, or if f keeps those of all who do."""
         kept = self.f.kept if isinstance(self.f, FrozenClassifier) else None
-        if kept is None and not between_rules:
-            return self.votes
-        return KeptVotes(self, n, {} if kept is None else kept)
+        if kept is not None and [field.name for field in fields(self.noise)] == ["sigma"]:   # type: ignore[arg-type]
+            return KeptVotes(self, n, kept)
+        return KeptVotes(self, n, {}) if between_rules else self.votes
 
 
 class KeptVotes:
@@ -338,12 +338,16 @@ class KeptVotes:
     def __init__(self, sampler: Sampler, n: int, known: dict[Hashable, Votes]) -> None:
         self.sampler, self.known = sampler, known
         self.looks = np.array(schedule(n) if n > CHUNK else (n,))
-        family = type(sampler.noise), sampler.stage, sampler.seed, sampler.num_classes, sampler.chunk, sampler.block
-        levels, layout = sampler.noise.for_inputs(len(sampler.x)), is_channels_last(sampler.x)
-        inputs = sampler.x.detach().cpu()
+        x, device = sampler.x, sampler.x.device.type
+        cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        family = (
+            type(sampler.noise), sampler.stage, sampler.seed, sampler.num_classes, sampler.chunk, sampler.block,
+            x.dtype, x.shape[1:], str(x.device), is_channels_last(x), cast,
+        )   # fmt: skip
+        levels, inputs = sampler.noise.for_inputs(len(x)), x.detach().cpu()
         self.names = [
-            (*family, int(index), float(sigma), layout, x.dtype, x.shape, hashlib.sha256(_bytes(x)).digest())
-            for index, sigma, x in zip(sampler.indices, levels, inputs, strict=True)
+            (*family, int(index), float(sigma), hashlib.sha256(_bytes(row)).digest())
+            for index, sigma, row in zip(sampler.indices, levels, inputs, strict=True)
         ]
 
     def __call__(self, rows: NDArray[np.int64], start: int, stop: int) -> Votes:
@@ -352,11 +356,10 @@ class KeptVotes:
         total = np.zeros((len(rows), self.sampler.num_classes), dtype=np.int64)
         for begin, end in pairwise(cuts):
             names = [(self.names[row], begin, end) for row in rows.tolist()]
-            missing = np.array([name not in self.known for name in names], dtype=bool)
-            if missing.any():
+            missing = [place for place, name in enumerate(names) if name not in self.known]
+            if missing:
                 drawn = self.sampler.votes(rows[missing], begin, end)
-                fresh = (name for name in names if name not in self.known)
-                self.known |= dict(zip(fresh, drawn, strict=True))
+                self.known |= {names[place]: votes for place, votes in zip(missing, drawn, strict=True)}
             total += np.array([self.known[name] for name in names], dtype=np.int64).reshape(total.shape)
         return total
 
