@@ -882,5 +882,5 @@ def test_a_study_is_written(tmp_path: Path) -> None:
 def test_suites_name_all_modes() -> None:
     for name in ("data-dependent-digits", "data-dependent-cifar10"):
         cells = {cell.name: cell.run for cell in read(name).cells}
-        assert list(cells) == ["fixed", "conditional", "commit", "frozen", "bins", "elastic"]
+        assert list(cells) == ["fixed", "conditional", "frozen", "bins", "elastic", "commit"]
         assert all(cells[mode].options["mode"] == mode for mode in list(cells)[1:])
