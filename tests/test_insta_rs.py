@@ -741,7 +741,7 @@ def test_a_suite_compares_them_by_all_their_passes(tmp_path: Path) -> None:
 
 
 def test_suites_of_the_package_hold_these_methods() -> None:
-    for name in ("insta-rs-digits", "insta-rs-cifar10"):
+    for name in ("insta-rs-digits", "insta-rs-cifar10", "insta-rs-radii-cifar10"):
         found = suites.read(name)
         kinds = {cell.run.options.get("certificate") for cell in found.cells}
         assert kinds == {None, "envelope", "cascade", "conditional", "selector"}
