@@ -36,7 +36,7 @@ from art_rs_plugins.benchmark.config import RULES, RunConfig
 from art_rs_plugins.benchmark.models import build
 from art_rs_plugins.benchmark.records import read_record
 from art_rs_plugins.benchmark.runs import certify, certify_together
-from art_rs_plugins.benchmark.workers import Task
+from art_rs_plugins.benchmark.workers import Group, Task, Together
 from art_rs_plugins.smoothing.scales import predict_scales
 from art_rs_plugins.smoothing.sigma import MultiStartSearch
 from art_rs_plugins.theory.patches import Pad, Placement
@@ -305,6 +305,17 @@ def test_runs_that_share_votes_record_what_each_alone_would(tmp_path: Path) -> N
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:keep]))
     certify_together(families)
     assert [rows(path) for path in outputs] == [rows(record.path) for record in alone]
+
+
+def test_tasks_that_share_votes_travel_to_workers() -> None:
+    network = digits_network().eval()
+    estimators = [smooth(network, performance=BLOCK, alpha=alpha) for alpha in (0.001, 0.1)]
+    together = Together(tuple(Task(each, {"n": 300, "n0": 20, "seed": 0}) for each in estimators))
+    group = Group(INDICES, INPUTS, np.zeros(6, dtype=np.int64))
+    there: Together = pickle.loads(pickle.dumps(together))
+    for task in (together, there, there):
+        assert all(map(same, task(group).certificates, [each(group).certificates[0] for each in together.tasks]))
+    assert there.tasks[0].estimator.model.base is there.tasks[1].estimator.model.base
 
 
 def test_runs_of_other_networks_or_inputs_share_nothing(tmp_path: Path) -> None:

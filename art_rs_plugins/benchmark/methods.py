@@ -28,7 +28,7 @@ from art_rs_plugins.smoothing.video import Max, Mean, Vote
 from art_rs_plugins.theory.patches import Pad, PatchGeometry, Placement
 from art_rs_plugins.theory.scales import Cascade, Envelope, Selector
 
-__all__ = ["CERTIFICATES", "METHODS", "REDUCTIONS", "open_estimator", "open_network", "smooth"]
+__all__ = ["CERTIFICATES", "METHODS", "REDUCTIONS", "make_estimator", "open_estimator", "open_network", "smooth"]
 
 CERTIFICATES: dict[str, type[Envelope] | type[Cascade] | type[Selector] | type[MultiStartSearch]] = {
     "envelope": Envelope,
@@ -154,12 +154,9 @@ def open_network(config: RunConfig, data: Dataset) -> nn.Module:
 
 
 def open_estimator(
-    config: RunConfig, block: int | None = None, folder: Path = Path(), network: nn.Module | None = None
+    config: RunConfig, block: int | None = None, folder: Path = Path()
 ) -> tuple[Dataset, PyTorchSmoothedClassifier]:
-    """Data set and smoothed classifier of a configuration; `block` rows in a forward pass where it names none.
-
-    A memory, and the weights of a core, are files of `folder`. A `network` is that of `open_network`, which several
-    estimators may hold.
+    """Data set and smoothed classifier of a configuration; see `make_estimator`.
 
     Raises
     ------
@@ -168,7 +165,17 @@ def open_estimator(
         network.
     """
     data = load(config.data)
-    network = open_network(config, data) if network is None else network
+    return data, make_estimator(config, data, open_network(config, data), block, folder)
+
+
+def make_estimator(
+    config: RunConfig, data: Dataset, network: nn.Module, block: int | None, folder: Path
+) -> PyTorchSmoothedClassifier:
+    """Smoothed classifier of a configuration, around a network that others may hold as well.
+
+    `block` are the rows of a forward pass where the configuration names none. A memory, and the weights of a core, are
+    files of `folder`. See `open_estimator` for the errors.
+    """
     settings = {
         "sample_size": config.n0,
         "alpha": config.alpha,
@@ -185,4 +192,4 @@ def open_estimator(
             raise ValueError("method 'aces' shares alpha out to its parts, for n or named radii; leave rule and "
                              "tolerance out")   # fmt: skip
         settings |= {"folder": folder}
-    return data, smooth(network, data, config.sigma, config.device, config.seed, config.method, **settings)
+    return smooth(network, data, config.sigma, config.device, config.seed, config.method, **settings)

@@ -17,7 +17,7 @@ from torch import nn
 from art_rs_plugins.benchmark.config import RunConfig, parse_examples
 from art_rs_plugins.benchmark.data import Dataset, load
 from art_rs_plugins.benchmark.files import check_folder, digest, digest_rows
-from art_rs_plugins.benchmark.methods import REDUCTIONS, open_estimator, open_network
+from art_rs_plugins.benchmark.methods import REDUCTIONS, make_estimator, open_network
 from art_rs_plugins.benchmark.models import network_outputs, read_training, same_outputs
 from art_rs_plugins.benchmark.records import Record, read_manifest, read_record
 from art_rs_plugins.benchmark.shards import Shard
@@ -113,7 +113,7 @@ def certify_together(
     first, config = next(iter(families[0].items()))
     known, data = read_manifest(first), load(config.data)
     network = open_network(config, data)
-    estimator = open_estimator(config, None if known is None else known.get("block"), first.parent, network)[1]
+    estimator = make_estimator(config, data, network, None if known is None else known.get("block"), first.parent)
     indices = parse_examples(config.examples, len(data.x_test))
     if not len(indices):
         raise ValueError(f"examples {config.examples!r} selects none of the {len(data.x_test)} test examples")
@@ -128,7 +128,8 @@ def certify_together(
                 if reduction not in opened and each is config:
                     opened[reduction] = estimator
                 elif reduction not in opened:
-                    opened[reduction] = open_estimator(each, estimator.performance.block, output.parent, network)[1]
+                    block = estimator.performance.block
+                    opened[reduction] = make_estimator(each, data, network, block, output.parent)
                     stack.callback(opened[reduction].close)
                 found = facts(each, data, indices, opened[reduction]) | {"device": device}
                 writers.append(stack.enter_context(_writer(each, output, found, notes, opened[reduction])))

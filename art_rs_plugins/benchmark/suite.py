@@ -225,17 +225,16 @@ def run(suite: Suite, output: Path, *, verbose: bool = False) -> Done:
     records: list[Record] = []
     found: list[Attacked | None] = []
     failed: dict[str, str] = {}
-    made: dict[str, list[Record]] = {}
     for cells in _voting_together(suite.cells):
-        made |= _certified(cells, output, verbose, failed)
-    for cell in suite.cells:
-        for record in made.get(cell.name, ()):
-            records.append(record)
-            try:
-                found.append(_attacked(cell, record, verbose))
-            except (ValueError, TypeError, OSError, ImportError) as error:
-                failed[cell.name] = str(error)
-                found.append(None)
+        made = _certified(cells, output, verbose, failed)
+        for cell in cells:
+            for record in made.get(cell.name, ()):
+                records.append(record)
+                try:
+                    found.append(_attacked(cell, record, verbose))
+                except (ValueError, TypeError, OSError, ImportError) as error:
+                    failed[cell.name] = str(error)
+                    found.append(None)
     if not records:
         raise ValueError("no cell could be run: " + "; ".join(f"{name}: {reason}" for name, reason in failed.items()))
     for record, done in zip(records, found, strict=True):
@@ -288,16 +287,12 @@ def _voting_together(cells: Sequence[Cell]) -> list[list[Cell]]:
 
 def _asks_network(cell: Cell) -> bool:
     """Whether the votes of a cell are those of its network, given beforehand; a memory asks in its own order."""
-    given = cell.training is None and cell.tuning is None
-    return given and (cell.run.method in ("smoothing", "insta-rs") or (_data_dependent(cell) and not _remembers(cell)))
-
-
-def _data_dependent(cell: Cell) -> bool:
-    return cell.run.method == "data-dependent"
+    given = cell.training is None and cell.tuning is None and not _remembers(cell)
+    return given and cell.run.method in ("smoothing", "insta-rs", "data-dependent")
 
 
 def _remembers(cell: Cell) -> bool:
-    return _data_dependent(cell) and cell.run.options.get("mode", "commit") == "commit"
+    return cell.run.method == "data-dependent" and cell.run.options.get("mode", "commit") == "commit"
 
 
 def _certified(cells: Sequence[Cell], output: Path, verbose: bool, failed: dict[str, str]) -> dict[str, list[Record]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Protocol
 
@@ -199,6 +199,14 @@ class Noise(Protocol):
     def radius(self, failure: ArrayLike, p_upper: ArrayLike) -> NDArray[np.float64]:
         """Radius for an upper bound of 1 - p_A and one of p_B."""
         ...
+
+
+def family_of(noise: Any) -> tuple[Any, ...]:
+    """What tells the draws of a noise from those of others, sigma, inputs and keys apart."""
+    if not is_dataclass(noise):
+        return (noise,)   # by identity, unless it says otherwise
+    values = (getattr(noise, each.name) for each in fields(noise) if each.name != "sigma")
+    return type(noise), *(family_of(value) if is_dataclass(value) else value for value in values)
 
 
 def recordable(noise: Noise) -> tuple[Any, ...] | None:

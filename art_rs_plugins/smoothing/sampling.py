@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -22,6 +22,7 @@ from art_rs_plugins.smoothing.noise import (
     Source,
     Stage,
     check_seed,
+    family_of,
     is_channels_last,
     recordable,
     standard_normal,
@@ -317,9 +318,9 @@ class Sampler:
     def shared(self, n: int, *, between_rules: bool = False) -> Callable[[NDArray[np.int64], int, int], Votes]:
         """`votes` for rules that take n draws at most: kept if several rules ask, or if f keeps those of all who do."""
         kept = self.f.kept if isinstance(self.f, FrozenClassifier) else None
-        if kept is not None and [field.name for field in fields(self.noise)] == ["sigma"]:   # type: ignore[arg-type]
-            return KeptVotes(self, n, kept)
-        return KeptVotes(self, n, {}) if between_rules else self.votes
+        if kept is None and not between_rules:
+            return self.votes
+        return KeptVotes(self, n, {} if kept is None else kept)
 
 
 class KeptVotes:
@@ -341,7 +342,7 @@ class KeptVotes:
         x, device = sampler.x, sampler.x.device.type
         cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         family = (
-            type(sampler.noise), sampler.stage, sampler.seed, sampler.num_classes, sampler.chunk, sampler.block,
+            family_of(sampler.noise), sampler.stage, sampler.seed, sampler.num_classes, sampler.chunk, sampler.block,
             x.dtype, x.shape[1:], str(x.device), is_channels_last(x), cast,
         )   # fmt: skip
         levels, inputs = sampler.noise.for_inputs(len(x)), x.detach().cpu()

@@ -32,7 +32,7 @@ from art_rs_plugins.benchmark.models import build, load_weights
 from art_rs_plugins.smoothing.modules import BaseClassifier
 from art_rs_plugins.smoothing.noise import Stage
 from art_rs_plugins.smoothing.performance import Voter
-from art_rs_plugins.smoothing.sampling import CHUNK, Sampler, default_block, make_sampler
+from art_rs_plugins.smoothing.sampling import CHUNK, KeptVotes, default_block, make_sampler
 from art_rs_plugins.theory.bounds import clopper_pearson_upper
 
 SIGMA, DRAWS, ROUNDS = 0.25, 2_000, 5
@@ -196,25 +196,7 @@ def test_one_radius_end_to_end(benchmark, network: nn.Module) -> None:
     benchmark.extra_info["G7"] = plain / each
 
 
-class Kept:
-    """Estimation votes by chunks, each drawn once, whoever asks."""
-
-    def __init__(self, sampler: Sampler) -> None:
-        self.sampler = sampler
-        self.known: dict[tuple[int, int], np.ndarray] = {}   # (row, start) to votes
-
-    def __call__(self, rows: np.ndarray, start: int, stop: int) -> np.ndarray:
-        total = np.zeros((len(rows), self.sampler.num_classes), dtype=np.int64)
-        for begin in range(start, stop, CHUNK):
-            missing = [row for row in rows.tolist() if (row, begin) not in self.known]
-            if missing:
-                drawn = self.sampler.votes(np.array(missing), begin, begin + CHUNK)
-                self.known |= {(row, begin): votes for row, votes in zip(missing, drawn, strict=True)}
-            total += np.stack([self.known[row, begin] for row in rows.tolist()])
-        return total
-
-
-def of_all_draws(selection: np.ndarray, sample: Kept, n: int, radius: float) -> tuple[np.ndarray, np.ndarray]:
+def of_all_draws(selection: np.ndarray, sample: KeptVotes, n: int, radius: float) -> tuple[np.ndarray, np.ndarray]:
     """Whether n draws certify the radius, counted no further than until that is clear; and the draws that it took."""
     guess, counts, limit = selection.argmax(axis=1), np.arange(n + 1), ndtr(-radius / SIGMA)
     needed = int(np.argmax(clopper_pearson_upper(n - counts, n, 0.001) < limit))
@@ -239,7 +221,8 @@ def test_decisions_are_those_of_all_draws(network: nn.Module) -> None:
         x = torch.from_numpy(data.x_test[group]).to(DEVICE)
         settings = {"num_classes": 10, "seed": 0, "indices": group, "block": None}
         selection = count_votes(fast, x, Gaussian(SIGMA), n0, stage=Stage.SELECTION, **settings).cpu().numpy()
-        kept = Kept(make_sampler(fast, x, Gaussian(SIGMA), n, stage=Stage.ESTIMATION, **settings))
+        kept = KeptVotes(make_sampler(fast, x, Gaussian(SIGMA), n, stage=Stage.ESTIMATION, **settings), n, {})
+        kept.looks = np.arange(CHUNK, n, CHUNK)   # all draws are counted on between the looks of the rule
         early = rule.run(selection, n0, kept, n, np.full(len(x), SIGMA))
         late, taken = of_all_draws(selection, kept, n, radius)
         rows += list(zip(group.tolist(), ~early.abstained, late, early.n, taken, strict=True))
