@@ -169,6 +169,17 @@ def test_another_seed_index_or_input_has_votes_of_its_own():
     assert sum(rows for rows in Counting.rows if rows > 4) == 6 * 600 + 600
 
 
+@pytest.mark.parametrize("sizes", [(500, 450, 130, 80, 50), (50, 80, 130, 450, 500)])
+def test_shorter_and_longer_runs_are_not_mixed_up(sizes):
+    network = Counting().eval()
+    estimators = [smooth(network, performance=BLOCK) for _ in sizes]
+    settings = [{"n": n, "n0": n0, "seed": 3, "indices": INDICES} for n in sizes for n0 in (100, 60)]
+    expected = [estimators[0].certificates(INPUTS, **each) for each in settings]
+    with share_votes(*estimators):
+        found = [estimators[i // 2].certificates(INPUTS, **each) for i, each in enumerate(settings)]
+    assert all(map(same, found, expected))
+
+
 def test_new_weights_are_asked_again_within_the_block():
     network = Counting().eval()
     first, second = smooth(network, performance=BLOCK), smooth(network, performance=BLOCK)
