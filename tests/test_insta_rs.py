@@ -42,7 +42,7 @@ from art_rs_plugins.benchmark.methods import open_estimator
 from art_rs_plugins.benchmark.tables import leaderboard
 from art_rs_plugins.estimators.tables import BoundTable
 from art_rs_plugins.smoothing.modules import SmoothedModule
-from art_rs_plugins.smoothing.sampling import check_count
+from art_rs_plugins.smoothing.sampling import Sampler, check_count
 from art_rs_plugins.smoothing.scales import level_targets
 from art_rs_plugins.smoothing.sigma import TopTwoRadius
 from art_rs_plugins.smoothing.sigma_table import ThreePoint
@@ -673,6 +673,12 @@ def test_what_a_certificate_over_levels_cannot_take_is_refused() -> None:
             undefined(np.zeros((1, 2), np.float32))
 
 
+def test_too_few_draws_for_a_look_are_refused_before_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sampler, "count", lambda *_: pytest.fail("something was drawn"))
+    with pytest.raises(ValueError, match="n_max must be at least the first look"):
+        insta(ISLAND, Envelope(GRID)).certificates(line(0.0), radii=[0.1], n=50)
+
+
 def test_an_untrained_selector_is_named() -> None:
     classifier, x = insta(ISLAND, Selector(GRID, 1.0)), line(0.0)
     for ask in (
@@ -741,7 +747,7 @@ def test_a_suite_compares_them_by_all_their_passes(tmp_path: Path) -> None:
 
 
 def test_suites_of_the_package_hold_these_methods() -> None:
-    for name in ("insta-rs-digits", "insta-rs-cifar10", "insta-rs-radii-cifar10"):
+    for name in ("insta-rs-digits", "insta-rs-cifar10"):
         found = suites.read(name)
         kinds = {cell.run.options.get("certificate") for cell in found.cells}
         assert kinds == {None, "envelope", "cascade", "conditional", "selector"}

@@ -51,7 +51,8 @@ RHO = 0.001
 
 LEGEND = (
     "natural: answered right, an abstention is wrong. r: right with at least this l2 radius; [95 % band of the "
-    "population]. passes, seconds: mean of an input. ACR: average certified radius, which grows with n. false at most: "
+    "population]. passes, seconds: mean of an input; where cells share votes, the seconds are those of all of them. "
+    "ACR: average certified radius, which grows with n. false at most: "
     f"bound on the false certificates of the set, with probability {1 - RHO:g}. attacked: not brought to a wrong class "
     "within the l2 budget, an upper bound of the robust accuracy; gap: attacked minus certified, both as fractions of "
     "the inputs attacked. What is not certified or exact is no certified accuracy."

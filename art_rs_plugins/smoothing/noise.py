@@ -151,16 +151,15 @@ def standard_normals(shape: tuple[int, ...], keys: Sequence[Source], device: tor
         return normal
     size = math.prod(shape)
     half = (size + 1) // 2
-    bits = torch.empty((2, len(keys), half), dtype=torch.int32)
-    for row, key in enumerate(keys):
-        bits[:, row] = torch.from_numpy(philox(key).random_raw(half).view(np.int32)).view(2, half)
+    drawn = [torch.from_numpy(philox(key).random_raw(half).view(np.int32)) for key in keys]
+    bits = torch.stack(drawn) if len(drawn) > 1 else drawn[0][None]   # a large chunk is not copied
     uniform = bits.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)   # in (0, 1]
-    radius = uniform[0].log_().mul_(-2.0).sqrt_()
-    angle = uniform[1].mul_(2.0 * math.pi)
-    normal = torch.empty((len(keys), 2 * half))
-    torch.mul(radius, angle.cos(), out=normal[:, :half])
-    torch.mul(radius, angle.sin_(), out=normal[:, half:])
-    return normal[:, :size].reshape(len(keys), *shape)
+    radius = uniform[:, :half].log_().mul_(-2.0).sqrt_()
+    angle = uniform[:, half:].mul_(2.0 * math.pi)
+    cosine = angle.cos()
+    angle.sin_().mul_(radius)   # in place: memory that is touched here is lost to the cache of the network
+    radius.mul_(cosine)
+    return uniform[:, :size].reshape(len(keys), *shape)
 
 
 class Noise(Protocol):

@@ -203,11 +203,9 @@ def _count(
 ) -> Tensor:
     """Votes (slots, k), int64, among the first `limit` of a chunk of noisy copies of each input (slots, ...)."""
     winner, valid = strict_votes(f(noise.draw(picked, sigma, chunk, sources)))
-    slot = torch.arange(len(picked), device=picked.device)[:, None]
     counted = valid.view(-1, chunk) & (torch.arange(chunk, device=picked.device) < limit[:, None])
-    cells = (winner.view(-1, chunk) + slot * num_classes).flatten()
-    votes = torch.zeros(len(picked) * num_classes, dtype=torch.int64, device=picked.device)
-    return votes.scatter_add_(0, cells, counted.flatten().to(torch.int64)).view(-1, num_classes)
+    votes = torch.zeros((len(picked), num_classes), dtype=torch.int64, device=picked.device)
+    return votes.scatter_add_(1, winner.view(-1, chunk), counted.to(torch.int64))
 
 
 def _projected(directions: Tensor, noisy: Tensor) -> Tensor:

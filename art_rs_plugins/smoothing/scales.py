@@ -24,6 +24,7 @@ from art_rs_plugins.theory.certificates import Certificates
 from art_rs_plugins.theory.elastic import SigmaFunction
 from art_rs_plugins.theory.rules import Rule, under
 from art_rs_plugins.theory.scales import Cascade, Envelope, ScaleRule, Selector, SequentialScales
+from art_rs_plugins.theory.sequences import schedule
 from art_rs_plugins.theory.votes import Votes
 
 __all__ = [
@@ -167,6 +168,8 @@ def certify_scales(
     n, n0, seed = check_count(n, "n"), check_count(n0, "n0"), check_seed(seed)
     settings: dict[str, Any] = {"num_classes": num_classes, "seed": seed, "indices": indices, "block": block}
     asked = rule.rule if isinstance(rule, SequentialScales) else rule
+    if asked is not rule:
+        schedule(n)   # an n below the first look is refused before anything is drawn
     select = _poll(f, x, asked, n0, stage=Stage.SELECTION, **settings)
     estimate = _poll(f, x, asked, n, stage=Stage.ESTIMATION, **settings)
     if isinstance(rule, SequentialScales):
