@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support import X, Y, digits_network, smooth
+from torch import nn
 
 from art_rs_plugins import PatchGeometry, Performance, PyTorchSmoothReduce
 from art_rs_plugins.benchmark.models import build
@@ -240,6 +241,39 @@ def test_hooks_and_further_buffers_reach_the_voter():
     assert not np.array_equal(fast.certificates(X[:3], n=300, seed=0).count, before)
     network.register_buffer("more", torch.zeros(1))
     fast.certificates(X[:3], n=300, seed=0)
+
+
+class Turned(nn.Module):
+    """A network that plain attributes turn into others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.sign, self.scales, self.turn = digits_network(), 1.0, [1.0], torch.relu
+        self.shift = torch.zeros(10)   # no buffer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.sign * self.scales[0] * (self.turn(self.network(x)) + 1.0) + self.shift
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        lambda network: setattr(network, "sign", -1.0),
+        lambda network: network.scales.__setitem__(0, -1.0),
+        lambda network: setattr(network, "turn", lambda x: -x),
+        lambda network: network.shift.data.__setitem__(3, 1e6),
+        lambda network: setattr(network, "forward", lambda x: -network.network(x)),
+    ],
+    ids=["number", "list", "function", "tensor", "forward"],
+)
+def test_plain_attributes_reach_the_voter(turn):
+    network = Turned()
+    fast = smooth(network, performance=Performance(channels_last=True))
+    before, voter = fast.certificates(X[:3], n=300, seed=0).count, fast._voter()
+    assert fast._voter() is voter
+    turn(network)
+    assert not np.array_equal(fast.certificates(X[:3], n=300, seed=0).count, before)
+    assert fast._voter() is not voter
 
 
 def test_a_certificate_says_how_its_network_computed():

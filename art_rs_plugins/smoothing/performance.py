@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass
+from inspect import isfunction
 from typing import Literal
 
 import torch
@@ -134,7 +135,10 @@ def _compiled(f: BaseClassifier) -> BaseClassifier:
 
 
 class Voters:
-    """Base classifiers as they vote: each made ready once, and anew when its weights, hooks or parts have changed.
+    """Base classifiers as they vote: each made ready once, and anew when weights, hooks, parts or settings change.
+
+    Settings are the plain attributes of its modules: tensors count by their values, functions by identity, all else by
+    what it prints.
 
     Parameters
     ----------
@@ -153,9 +157,12 @@ class Voters:
         if not performance.freezes:
             return f
         # modules compare by identity, and being kept they cannot lend it to others
-        parts, state = list(f.modules())[1:], (*f.parameters(), *f.buffers())
+        parts = list(f.modules())[1:]
+        settings = [value for part in parts for name, value in sorted(vars(part).items()) if _is_setting(name)]
+        state = (*f.parameters(), *f.buffers(), *(value for value in settings if isinstance(value, Tensor)))
+        words = [value if isfunction(value) else repr(value) for value in settings if not isinstance(value, Tensor)]
         hooks = [tuple(hooked) for part in parts for hooked in (part._forward_hooks, part._forward_pre_hooks)]
-        key = (type(f), performance, len(state), *parts, *hooks)
+        key = (type(f), performance, len(state), *parts, *hooks, *words)
         ready = self._ready.pop(key, None)
         # values, not version counters: those miss whoever writes to parameter.data
         if ready is None or not all(map(_same, ready[0], state)):
@@ -172,6 +179,10 @@ class Voters:
         for _, voter in self._ready.values():
             if voter.kept is not None:
                 voter.kept.clear()
+
+
+def _is_setting(name: str) -> bool:
+    return not name.startswith("_") and name != "training"   # whoever votes is in eval mode
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
