@@ -796,10 +796,11 @@ def test_modes_out_of_values(tmp_path: Path) -> None:
     for mode in ("bins", "elastic"):
         assert made[mode].certificates(x[:1], n=200, seed=1).kind == "certified"
     regions = made["frozen"].mode.regions
-    again = open_estimator(
-        replace(configuration(), options={**configuration(mode="frozen", inputs="::300", n=200).options})
-    )[1].mode.regions
-    assert np.array_equal(regions.radius, again.radius)   # the same classifier whenever it is opened
+    config = configuration(mode="frozen", inputs="::300", n=200)
+    for block in (None, 20, 500):   # the same classifier whenever it is opened, in a resumed run as well
+        again = open_estimator(config, block)[1]
+        assert np.array_equal(regions.radius, again.mode.regions.radius)
+        assert again.performance.block == block
     assert np.isin(regions.centres().reshape(len(regions), -1), train[::300].reshape(5, -1)).all()
     made["commit"].close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from art_rs_plugins.benchmark.config import check_name, parse_examples
 from art_rs_plugins.benchmark.data import Dataset
 from art_rs_plugins.estimators.data_dependent import PyTorchDataDependentSmoothing
 from art_rs_plugins.estimators.modes import Commit, Frozen
+from art_rs_plugins.smoothing.sampling import CHUNK
 from art_rs_plugins.smoothing.scales import Conditional
 from art_rs_plugins.smoothing.sigma import GridAscent
 from art_rs_plugins.theory.elastic import BinnedSigma, ElasticSigma, NeighbourDistance
@@ -108,6 +109,9 @@ def data_dependent(
         return PyTorchDataDependentSmoothing(*args, mode=made, **options)
     chosen, n = parse_examples(options.pop("inputs", "::500"), len(dataset.x_train)), options.pop("n", 1000)
     classifier = PyTorchDataDependentSmoothing(*args, mode=Conditional(_search(options)), **options)
-    x = dataset.x_train[chosen]
+    x, performance = dataset.x_train[chosen], classifier.performance
+    # whole chunks, so that a resumed run, which knows its block, makes the memory that the first one made
+    classifier.set_params(performance=replace(performance, block=CHUNK))
     classifier.mode = Frozen.of(x, classifier.certificates(x, n=n, seed=classifier.seed))
+    classifier.set_params(performance=performance)
     return classifier
