@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import TEST, X, digits_network, smooth
 from torch import nn
 
@@ -357,6 +358,10 @@ name = "fixed"
 name = "envelope"
 run = { method = "insta-rs", options = { certificate = "envelope", sigmas = [0.25, 0.5] } }
 [[cell]]
+name = "stale"
+selector = { examples = "::100", model = "mlp" }
+run = { method = "insta-rs", options = { certificate = "selector", sigmas = [0.25, 0.5], selector_sigma = 0.5 } }
+[[cell]]
 name = "broken"
 run = { method = "insta-rs", options = { certificate = "envelope" } }
 [[cell]]
@@ -381,14 +386,18 @@ def test_cells_of_one_network_share_votes_and_fail_alone(tmp_path: Path, monkeyp
         return certify_together(families, **settings)
 
     monkeypatch.setattr(suites, "certify_together", watched)
+    (tmp_path / "out").mkdir()
+    stale = tmp_path / "out" / "stale.selector.safetensors"
+    save_file({"weight": torch.zeros(1)}, stale, metadata={"chooser": "other"})
     done = suites.run(read, tmp_path / "out")
     assert [record.name for record in done.records] == ["fixed", "envelope", "wide", "wide-again.one-sided", "other"]
-    assert list(done.failed) == ["broken"]
+    assert list(done.failed) == ["stale", "broken"]
+    assert "was trained otherwise" in done.failed["stale"]
     assert "needs the option sigmas" in done.failed["broken"]
     whole = ["fixed", "envelope", "broken", "wide", "wide-again.one-sided"]
-    assert groups == [whole, *([name] for name in whole), ["other"]]
+    assert groups == [whole, *([name] for name in whole), ["other"]]   # what cannot be prepared parts no others
     groups.clear()
-    kept = replace(read, cells=tuple(cell for cell in read.cells if cell.name != "broken"))
+    kept = replace(read, cells=tuple(cell for cell in read.cells if cell.name not in done.failed))
     again = suites.run(kept, tmp_path / "b")
     assert groups == [[name for name in whole if name != "broken"], ["other"]]
     assert [rows(each.path) for each in again.records] == [rows(each.path) for each in done.records]

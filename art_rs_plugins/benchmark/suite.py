@@ -31,6 +31,9 @@ __all__ = ["Cell", "Done", "Suite", "names", "read", "run", "text"]
 
 _HOME = resources.files("art_rs_plugins.benchmark") / "suites"
 
+_EXPECTED = (ValueError, TypeError, OSError, ImportError)
+"""What is wrong with one cell, and no reason to give the others up."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -232,7 +235,7 @@ def run(suite: Suite, output: Path, *, verbose: bool = False) -> Done:
                 records.append(record)
                 try:
                     found.append(_attacked(cell, record, verbose))
-                except (ValueError, TypeError, OSError, ImportError) as error:
+                except _EXPECTED as error:
                     failed[cell.name] = str(error)
                     found.append(None)
     if not records:
@@ -297,19 +300,32 @@ def _remembers(cell: Cell) -> bool:
 
 def _certified(cells: Sequence[Cell], output: Path, verbose: bool, failed: dict[str, str]) -> dict[str, list[Record]]:
     """Records of cells that share their votes, by name; where one fails, the others are certified without it."""
+    prepared: list[tuple[Cell, dict[str, RunConfig]]] = []
+    for cell in cells:
+        try:
+            prepared.append((cell, _prepared(cell, output, verbose)))
+        except _EXPECTED as error:
+            failed[cell.name] = str(error)
+    return _voted(prepared, output, verbose, failed) if prepared else {}
+
+
+def _voted(
+    prepared: Sequence[tuple[Cell, dict[str, RunConfig]]], output: Path, verbose: bool, failed: dict[str, str]
+) -> dict[str, list[Record]]:
+    """Records of cells that are prepared; one by one where they cannot be certified together."""
+    families = [{output / f"{name}.tsv": config for name, config in each.items()} for _, each in prepared]
     try:
-        prepared = [_prepared(cell, output, verbose) for cell in cells]
-        families = [{output / f"{name}.tsv": config for name, config in each.items()} for each in prepared]
-        made = dict(zip((cell.name for cell in cells), certify_together(families, verbose=verbose), strict=True))
-        for cell, each in zip(cells, prepared, strict=True):
+        made = dict(zip((cell.name for cell, _ in prepared), certify_together(families, verbose=verbose), strict=True))
+        for cell, each in prepared:
             study = output / f"{cell.name}.attacker-first.md"
             if _remembers(cell) and not study.exists():
                 write_study(replace(next(iter(each.values())), rule=cell.run.rule), study)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if len(cells) == 1:
-            failed[cells[0].name] = str(error)
+    except _EXPECTED as error:
+        if len(prepared) == 1:
+            failed[prepared[0][0].name] = str(error)
             return {}
-        return {name: each for cell in cells for name, each in _certified([cell], output, verbose, failed).items()}
+        parts = [_voted([each], output, verbose, failed) for each in prepared]
+        return {name: each for part in parts for name, each in part.items()}
     return made
 
 
