@@ -249,22 +249,23 @@ class Turned(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.network, self.sign, self.scales, self.turn = digits_network(), 1.0, [1.0], torch.relu
-        self.shift = torch.zeros(10)   # no buffer
+        self.shift, self._sign = torch.zeros(10), 1.0   # no buffer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.sign * self.scales[0] * (self.turn(self.network(x)) + 1.0) + self.shift
+        return self.sign * self._sign * self.scales[0] * (self.turn(self.network(x)) + 1.0) + self.shift
 
 
 @pytest.mark.parametrize(
     "turn",
     [
         lambda network: setattr(network, "sign", -1.0),
+        lambda network: setattr(network, "_sign", -1.0),
         lambda network: network.scales.__setitem__(0, -1.0),
         lambda network: setattr(network, "turn", lambda x: -x),
         lambda network: network.shift.data.__setitem__(3, 1e6),
         lambda network: setattr(network, "forward", lambda x: -network.network(x)),
     ],
-    ids=["number", "list", "function", "tensor", "forward"],
+    ids=["number", "private", "list", "function", "tensor", "forward"],
 )
 def test_plain_attributes_reach_the_voter(turn):
     network = Turned()

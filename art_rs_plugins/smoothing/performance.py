@@ -20,6 +20,9 @@ __all__ = ["Performance", "Voter", "Voters", "measure_block"]
 
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_KEPT_BY_TORCH = {*vars(nn.Module()), "_compiled_call_impl"}
+"""What PyTorch keeps in a module: parts, weights, hooks and the mode; all else is a setting."""
+
 
 @dataclass(frozen=True, slots=True)
 class Performance:
@@ -158,7 +161,7 @@ class Voters:
             return f
         # modules compare by identity, and being kept they cannot lend it to others
         parts = list(f.modules())[1:]
-        settings = [value for part in parts for name, value in sorted(vars(part).items()) if _is_setting(name)]
+        settings = [value for part in parts for name, value in sorted(vars(part).items()) if name not in _KEPT_BY_TORCH]
         state = (*f.parameters(), *f.buffers(), *(value for value in settings if isinstance(value, Tensor)))
         words = [value if isfunction(value) else repr(value) for value in settings if not isinstance(value, Tensor)]
         hooks = [tuple(hooked) for part in parts for hooked in (part._forward_hooks, part._forward_pre_hooks)]
@@ -179,10 +182,6 @@ class Voters:
         for _, voter in self._ready.values():
             if voter.kept is not None:
                 voter.kept.clear()
-
-
-def _is_setting(name: str) -> bool:
-    return not name.startswith("_") and name != "training"   # whoever votes is in eval mode
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
