@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import TEST, X, Y, digits_network, smooth
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
 
 from art_rs_plugins import PyTorchDataDependentSmoothing
 from art_rs_plugins.benchmark.arrays import ArrayBatches, ArrayFile, NpzBatches, open_folder
@@ -117,6 +119,12 @@ def test_ctrl_c_stops_within_one_pass_and_the_run_goes_on(
     assert found == rows(tmp_path / "undisturbed.tsv")
 
 
+@pytest.fixture
+def lock_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress bars lock across processes: a child that is killed while it draws one would stop all others for good."""
+    monkeypatch.setattr(tqdm, "_lock", threading.RLock(), raising=False)
+
+
 def killed_at_random(run: Any, path: Path, expected: list[list[str]], kills: int, longest: float) -> int:
     """Kill `run` at random moments and start it again, `kills` times; how often it came to its end meanwhile."""
     rng, ends = np.random.default_rng([7, 11]), 0
@@ -149,6 +157,7 @@ def killed_at_random(run: Any, path: Path, expected: list[list[str]], kills: int
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.usefixtures("lock_of_this_process")
 def test_a_run_killed_at_156_random_moments_loses_and_doubles_nothing(whole: Path, tmp_path: Path) -> None:
     begun = time.perf_counter()
     certify(CONFIG, tmp_path / "timed.tsv")
@@ -162,6 +171,7 @@ def test_a_run_killed_at_156_random_moments_loses_and_doubles_nothing(whole: Pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.usefixtures("lock_of_this_process")
 def test_two_rules_killed_at_40_random_moments_end_alike(tmp_path: Path) -> None:
     configs = [replace(CONFIG, rule=rule) for rule in ("one-sided", "two-sided")]
     expected = certify_together([{tmp_path / "a.tsv": configs[0], tmp_path / "b.tsv": configs[1]}])[0]
