@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from art_rs_plugins.smoothing.modules import BaseClassifier, PatchReduce
 from art_rs_plugins.smoothing.sampling import CHUNK, FrozenClassifier, check_count, chunk_size, default_block
 
-__all__ = ["Performance", "Voter", "Voters", "measure_block"]
+__all__ = ["Performance", "Voter", "Voters", "emulates_bfloat16", "measure_block"]
 
 _DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,11 +74,16 @@ class Performance:
             raise ValueError("dtype float16 needs a GPU; take bfloat16 or float32 on a CPU")
         if self.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise ValueError("dtype bfloat16 is not supported by this GPU; take float16 or float32")
-        if self.dtype == "bfloat16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        if self.dtype == "bfloat16" and emulates_bfloat16(device):
             warnings.warn(
                 "bfloat16 is slow on this CPU, which has no instructions for it; float32 is many times faster",
                 stacklevel=2,
             )
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether a CPU has no instructions for bfloat16, which is many times slower there than float32."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 class Voter(FrozenClassifier):
@@ -161,9 +166,13 @@ class Voters:
             return f
         # modules compare by identity, and being kept they cannot lend it to others
         parts = list(f.modules())[1:]
-        settings = [value for part in parts for name, value in sorted(vars(part).items()) if name not in _KEPT_BY_TORCH]
-        state = (*f.parameters(), *f.buffers(), *(value for value in settings if isinstance(value, Tensor)))
-        words = [value if isfunction(value) else repr(value) for value in settings if not isinstance(value, Tensor)]
+        settings = [item for part in parts for item in sorted(vars(part).items()) if item[0] not in _KEPT_BY_TORCH]
+        state = (*f.parameters(), *f.buffers(), *(value for _, value in settings if isinstance(value, Tensor)))
+        words = [
+            (name, value if isfunction(value) else repr(value))
+            for name, value in settings
+            if not isinstance(value, Tensor)
+        ]
         hooks = [tuple(hooked) for part in parts for hooked in (part._forward_hooks, part._forward_pre_hooks)]
         key = (type(f), performance, len(state), *parts, *hooks, *words)
         ready = self._ready.pop(key, None)

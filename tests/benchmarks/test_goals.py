@@ -32,7 +32,7 @@ from art_rs_plugins.benchmark.data import load
 from art_rs_plugins.benchmark.models import build, load_weights
 from art_rs_plugins.smoothing.modules import BaseClassifier
 from art_rs_plugins.smoothing.noise import Stage
-from art_rs_plugins.smoothing.performance import Voter
+from art_rs_plugins.smoothing.performance import Voter, emulates_bfloat16
 from art_rs_plugins.smoothing.sampling import CHUNK, KeptVotes, default_block, make_sampler
 from art_rs_plugins.theory.bounds import clopper_pearson_upper
 
@@ -41,8 +41,9 @@ SHARED = os.environ.get("ART_RS_SHARED_DATA")
 COMPILE = bool(os.environ.get("ART_RS_BENCHMARK_COMPILE"))
 EXAMPLES = os.environ.get("ART_RS_BENCHMARK_EXAMPLES")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EMULATES = DEVICE == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"   # bfloat16, many times slower
-FASTEST = Performance("float32" if EMULATES else "bfloat16", channels_last=True, compile=True)
+FASTEST = Performance(
+    "float32" if emulates_bfloat16(torch.device(DEVICE)) else "bfloat16", channels_last=True, compile=True
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
