@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from scipy.stats import binom, kstest, norm
 
 from art_rs_plugins.smoothing import noise as noise_module
-from art_rs_plugins.smoothing.noise import Gaussian, Key, Stage, check_seed, derive_seed, fresh_seed, standard_normal
+from art_rs_plugins.smoothing.noise import (
+    Gaussian,
+    Key,
+    Stage,
+    check_seed,
+    derive_seed,
+    fresh_seed,
+    standard_normal,
+    standard_normals,
+)
 
 KEY = Key(1234, 5, Stage.ESTIMATION, 6)
 N = 400_000
@@ -166,6 +175,15 @@ def test_same_key_same_bits_in_any_shape_and_number_of_threads(shape: tuple[int,
             assert torch.equal(first, standard_normal(shape, KEY))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (50, 3, 8, 8), (100_003,)])
+def test_a_key_gives_the_same_bits_beside_others(shape: tuple[int, ...]) -> None:
+    names = [Key(KEY.seed, index, Stage.ESTIMATION, 4) for index in range(3)]
+    alone = torch.stack([standard_normal(shape, key) for key in names])
+    assert torch.equal(standard_normals(shape, names), alone)
+    assert torch.equal(standard_normals(shape, names[::-1]), alone.flip(0))
+    assert not torch.equal(alone[0], alone[1])
 
 
 def test_global_seeds_are_neither_used_nor_changed() -> None:
